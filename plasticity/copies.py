@@ -1,0 +1,150 @@
+"""Layers that hold several copies of a network side by side, and how their weights were drawn.
+
+Every tensor carries the copies axis first: weights `[S, out, in]`, biases `[S, out]`, activations
+`[S, B, n]`. A copy is one seed (for twin critics: one critic of one seed). Copies never mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_KINDS = (
+    "orthogonal",
+    "lecun-uniform",
+    "kaiming-uniform",
+    "xavier-uniform",
+    "torch-default",
+    "zeros",
+)
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a layer was initialised; enough to draw the whole tensor again, or single fresh rows.
+
+    Args:
+        kind: one of `INIT_KINDS`. Uniform bounds: lecun `sqrt(3 / fan_in)`, kaiming
+            `gain * sqrt(3 / fan_in)`, xavier `gain * sqrt(6 / (fan_in + fan_out))`,
+            torch-default `1 / sqrt(fan_in)` (what `nn.Linear` and `nn.Conv2d` do).
+        gain: scale of orthogonal, kaiming and xavier (without unit).
+        bias: "zeros", or "torch-default" for uniform in `1 / sqrt(fan_in)`.
+    """
+
+    kind: str = "torch-default"
+    gain: float = 1.0
+    bias: str = "zeros"
+
+    def __post_init__(self) -> None:
+        if self.kind not in INIT_KINDS:
+            raise ValueError(f"unknown init {self.kind!r}; one of {', '.join(INIT_KINDS)}")
+        if self.bias not in ("zeros", "torch-default"):
+            raise ValueError(f"unknown bias init {self.bias!r}; one of zeros, torch-default")
+        if not (math.isfinite(self.gain) and self.gain >= 0):
+            raise ValueError(f"gain={self.gain} of an init must be finite and not negative")
+
+    def bound(self, fan_in: int, fan_out: int) -> float:
+        """Half-width of the uniform draw of a weight; 0 for zeros and orthogonal."""
+        if self.kind == "lecun-uniform":
+            return math.sqrt(3 / fan_in)
+        if self.kind == "kaiming-uniform":
+            return self.gain * math.sqrt(3 / fan_in)
+        if self.kind == "xavier-uniform":
+            return self.gain * math.sqrt(6 / (fan_in + fan_out))
+        if self.kind == "torch-default":
+            return 1 / math.sqrt(fan_in)
+        return 0.0
+
+    def bias_bound(self, fan_in: int) -> float:
+        """Half-width of the uniform draw of a bias."""
+        return 1 / math.sqrt(fan_in) if self.bias == "torch-default" else 0.0
+
+    def draw_weight(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """One copy's weight `[out, in, ...]`, float64 on the CPU (so that every dtype and device
+        starts from the same numbers)."""
+        weight = torch.empty(tuple(shape), dtype=torch.float64)
+        if self.kind == "zeros":
+            return weight.zero_()
+        if self.kind == "orthogonal":
+            return nn.init.orthogonal_(weight, self.gain, generator=generator)
+        area = math.prod(shape[2:])
+        bound = self.bound(shape[1] * area, shape[0] * area)
+        return weight.uniform_(-bound, bound, generator=generator)
+
+    def draw_bias(
+        self, n_out: int, fan_in: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One copy's bias `[out]`, float64 on the CPU."""
+        bias = torch.zeros(n_out, dtype=torch.float64)
+        bound = self.bias_bound(fan_in)
+        return bias.uniform_(-bound, bound, generator=generator) if bound else bias
+
+
+class BatchedLinear(nn.Module):
+    """`copies` linear layers as one: weight `[S, out, in]`, bias `[S, out]`.
+
+    Args:
+        copies: S, the number of copies.
+        n_in, n_out: features of one copy.
+        bias: whether there is one.
+        init: how weights are drawn, now and when a unit is recycled.
+        generators: one CPU generator per copy (copy k then starts as it would alone); None draws
+            from torch's global generator.
+
+    >>> layer = BatchedLinear(3, 4, 5)
+    >>> layer(torch.zeros(3, 7, 4)).shape
+    torch.Size([3, 7, 5])
+    """
+
+    def __init__(
+        self,
+        copies: int,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = True,
+        init: Init | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if min(copies, n_in, n_out) < 1:
+            raise ValueError(f"copies={copies}, n_in={n_in}, n_out={n_out} must all be at least 1")
+        self.copies, self.n_in, self.n_out = copies, n_in, n_out
+        self.init = Init() if init is None else init
+        self.weight = nn.Parameter(torch.empty(copies, n_out, n_in, dtype=dtype, device=device))
+        self.bias = (
+            nn.Parameter(torch.empty(copies, n_out, dtype=dtype, device=device)) if bias else None
+        )
+        self.reset_parameters(generators)
+
+    @torch.no_grad()
+    def reset_parameters(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Draw all weights, then biases, copy by copy, each from its own generator."""
+        if generators is not None and len(generators) != self.copies:
+            raise ValueError(
+                f"{len(generators)} generators for {self.copies} copies; give one per copy"
+            )
+        for copy in range(self.copies):
+            generator = None if generators is None else generators[copy]
+            self.weight[copy].copy_(self.init.draw_weight((self.n_out, self.n_in), generator))
+            if self.bias is not None:
+                self.bias[copy].copy_(self.init.draw_bias(self.n_out, self.n_in, generator))
+
+    def forward(self, x: Tensor) -> Tensor:  # [S, B, in] -> [S, B, out]
+        if self.copies == 1:  # one seed is the ordinary case: no batched product
+            bias = None if self.bias is None else self.bias[0]
+            return F.linear(x[0], self.weight[0], bias).unsqueeze(0)
+        if self.bias is None:
+            return torch.bmm(x, self.weight.mT)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"copies={self.copies}, n_in={self.n_in}, n_out={self.n_out}, bias={bias}"
