@@ -1,0 +1,125 @@
+"""Action distributions as pure functions, with the gradients of PPO's losses written out.
+
+The loss of a minibatch is a handful of operations on small tensors, where autograd's bookkeeping costs more
+than the arithmetic (measured: 0.2 ms of a 2 ms update). So losses return their gradients with respect to the
+network outputs; tests compare them with autograd. Shapes carry the copies axis first; sums run over copies.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perennial.agents.streams import Streams
+
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log density [S, B] of actions [S, B, A] under N(mean [S, B, A], exp(log_std [S, A])^2)."""
+    z = (actions - mean) * torch.exp(-log_std)[:, None]
+    constant = log_std.sum(-1, keepdim=True) + log_std.shape[-1] * _HALF_LOG_2PI
+    return z.square().sum(-1).mul(-0.5) - constant
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy [S] of a Gaussian with log standard deviations [S, A]."""
+    return log_std.sum(-1) + log_std.shape[-1] * (0.5 + _HALF_LOG_2PI)
+
+
+def ratio_gradient(
+    log_ratio: Tensor, advantages: Tensor, clip_range: float
+) -> Tensor:
+    """Gradient [S, B] of `-mean_B min(ratio A, clip(ratio) A)` with respect to the log probabilities."""
+    ratio = log_ratio.exp()
+    gain = ratio * advantages
+    clipped = ratio.clamp_(1.0 - clip_range, 1.0 + clip_range).mul_(advantages)
+    # The minimum passes a gradient where the unclipped term is the smaller one; inside the range both are equal.
+    return gain.mul_(gain <= clipped).mul_(-1.0 / advantages.shape[-1])
+
+
+def surrogate_losses(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """Policy loss, approximate KL (Schulman's (r - 1) - log r) and clip fraction, reduced over the last axis."""
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return {
+        "policy_gradient_loss": -torch.minimum(ratio * advantages, clipped * advantages).mean(-1),
+        "approx_kl": (ratio - 1.0 - log_ratio).mean(-1),
+        "clip_fraction": ((ratio - 1.0).abs() > clip_range).to(log_ratio.dtype).mean(-1),
+    }
+
+
+def value_gradient(
+    values: Tensor, returns: Tensor, old_values: Tensor, clip_range_vf: float | None, vf_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Residuals [S, B] and gradient [S, B] of `vf_coef * mean_B (returns - values)^2`.
+
+    With `clip_range_vf`, values may move at most that far from `old_values` (SB3's value clipping).
+    """
+    if clip_range_vf is None:
+        residual = values - returns
+        return residual, residual * (2.0 * vf_coef / returns.shape[-1])
+    move = values - old_values
+    residual = old_values + move.clamp(-clip_range_vf, clip_range_vf) - returns
+    inside = move.abs() <= clip_range_vf
+    return residual, residual * inside * (2.0 * vf_coef / returns.shape[-1])
+
+
+class SurrogateGradient(NamedTuple):
+    """What one minibatch of the clipped surrogate yields."""
+
+    log_ratio: Tensor  # [S, B], log(new / old probability)
+    d_output: Tensor  # [S, B, n_out], gradient of the loss with respect to the network's output
+
+
+class Gaussian(nn.Module):
+    """Diagonal Gaussian over a box of `size` actions; the log standard deviations are parameters [S, size]."""
+
+    def __init__(self, copies: int, size: int, log_std_init: float):
+        super().__init__()
+        self.size = size
+        self.log_std = nn.Parameter(torch.full((copies, size), float(log_std_init)))
+
+    def noise(self, streams: Streams, steps: int, lanes: int) -> np.ndarray:
+        """The random numbers of a rollout, float32 [S, T, E, size]."""
+        return streams.normal(steps, lanes, self.size)
+
+    @torch.no_grad()
+    def sample(self, output: Tensor, noise: Tensor, std: Tensor) -> Tensor:
+        """Actions [S, E, size] from means [S, E, size]; `std` = exp(log_std)[:, None], computed once a rollout."""
+        return torch.addcmul(output, std, noise)
+
+    @torch.no_grad()
+    def log_prob(self, output: Tensor, actions: Tensor) -> Tensor:
+        """Log density [S, B] of the actions."""
+        return gaussian_log_prob(output, self.log_std, actions)
+
+    @torch.no_grad()
+    def entropy(self, output: Tensor) -> Tensor:
+        """Mean entropy [S]; it does not depend on the means."""
+        return gaussian_entropy(self.log_std)
+
+    @torch.no_grad()
+    def surrogate(
+        self, output: Tensor, actions: Tensor, old_log_prob: Tensor, advantages: Tensor,
+        clip_range: float, ent_coef: float,
+    ) -> SurrogateGradient:
+        """Gradient of `-mean_B min(ratio A, clip(ratio) A) - ent_coef * entropy`; log_std.grad is written."""
+        log_std = self.log_std
+        inverse_std = torch.exp(-log_std)[:, None]
+        z = (actions - output).mul_(inverse_std)
+        squares = z.square()
+        constant = log_std.sum(-1, keepdim=True) + self.size * _HALF_LOG_2PI
+        log_ratio = squares.sum(-1).mul_(-0.5).sub_(constant).sub_(old_log_prob)
+        d_log_prob = ratio_gradient(log_ratio, advantages, clip_range)[..., None]
+        d_log_std = squares.sub_(1.0).mul_(d_log_prob).sum(-2)
+        if ent_coef:
+            d_log_std.sub_(ent_coef)
+        if log_std.grad is None:
+            log_std.grad = torch.zeros_like(log_std)
+        log_std.grad.copy_(d_log_std)
+        return SurrogateGradient(log_ratio, z.mul_(inverse_std).mul_(d_log_prob))

@@ -1,0 +1,173 @@
+"""The training loop of one process: a group of seeds, from the first step or from their checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perennial.agents.checkpoint import newest_checkpoint, write_checkpoint
+from perennial.agents.config import Config
+from perennial.agents.episodes import Episodes
+from perennial.agents.ppo import PPO
+from perennial.agents.record import SeedRecorder
+from perennial.agents.streams import environment_seeds
+from perennial.envs.vector import make_vec
+from perennial.plasticity import metrics
+
+Report = Callable[[dict[str, Any]], None]
+AGENTS = {"ppo": PPO}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; one line that says what went wrong, where and what is kept."""
+
+
+def train_group(
+    config: Config,
+    seeds: tuple[int, ...],
+    run_dir: Path,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    report: Report = lambda message: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Train `seeds` in step until `config.steps` env steps each, or until `stopping()`.
+
+    Goes on from the newest checkpoint that all the seeds have. Returns the seconds spent in each part.
+    """
+    group = Group(config, seeds, run_dir, device, threads, report)
+    agent, envs, episodes, clock = group.agent, group.envs, group.episodes, group.clock
+    begun, begun_steps = time.monotonic(), episodes.env_steps
+    try:
+        while episodes.env_steps < config.steps and not stopping():
+            with clock("collect"):
+                agent.collect(envs, episodes)
+            with clock("update"):
+                losses = agent.update(progress=min(1.0, episodes.env_steps / config.steps))
+            group.check(losses)
+            with clock("metrics"):
+                correlates = group.measure() if group.passes(config.metrics_interval) else {}
+            with clock("record"):
+                fps = (episodes.env_steps - begun_steps) / (time.monotonic() - begun)
+                group.record(losses, correlates, fps)
+            if group.passes(config.checkpoint_interval) or episodes.env_steps >= config.steps:
+                with clock("checkpoint"):
+                    group.save()
+        group.save()
+    finally:
+        group.close()
+    return group.seconds
+
+
+class Group:
+    """What the loop works on: environments, agent, episodes, recorders and their state on disk."""
+
+    def __init__(
+        self, config: Config, seeds: tuple[int, ...], run_dir: Path, device: str, threads: int, report: Report
+    ):
+        self.config, self.seeds, self.report = config, seeds, report
+        self.seconds: dict[str, float] = {}
+        self.seed_dirs = [run_dir / f"seed-{s}" for s in seeds]
+        self.envs = make_vec(
+            config.env, len(seeds) * config.num_envs, schedule_seeds=seeds, threads=threads,
+            **config.env_args,
+        )
+        self.agent = AGENTS[config.agent](
+            config, self.envs.single_observation_space, self.envs.single_action_space, seeds, device, threads  # type: ignore[arg-type]
+        )
+        self.episodes = Episodes(len(seeds), config.num_envs)
+        found = newest_checkpoint(self.seed_dirs, warn=lambda text: report({"warning": text}))
+        self.saved = found[0] if found else 0
+        observations, infos = self.envs.reset(
+            seed=[lane for s in seeds for lane in environment_seeds(s, config.num_envs)]
+        )
+        self.agent.start(observations)
+        self.episodes.start(infos)
+        for copy, tree in enumerate(found[1] if found else []):
+            self.agent.load_state(copy, tree["agent"])
+            self.episodes.load_state(copy, tree["episodes"])
+            self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
+        self.recorders = [
+            SeedRecorder(d, config, s, resume_step=found[0] if found else None)
+            for d, s in zip(self.seed_dirs, seeds, strict=True)
+        ]
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the time of the block to `seconds[part]`."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
+
+    def passes(self, interval: int) -> bool:
+        """Whether the last rollout passed a multiple of `interval`; a function of env_steps alone, so that
+        a resumed run acts at the same steps."""
+        steps = self.episodes.env_steps
+        return steps // interval > (steps - self.config.rollout) // interval
+
+    def check(self, losses: dict[str, np.ndarray]) -> None:
+        """Stop at the first loss that is not finite: the last checkpoint stays good."""
+        for name, values in losses.items():
+            bad = np.flatnonzero(~np.isfinite(values))
+            if bad.size and name != "explained_variance":
+                task, _ = self.envs.task_of(int(bad[0]))  # type: ignore[attr-defined]
+                raise TrainingError(
+                    f"seed {self.seeds[bad[0]]}: train/{name} is {values[bad[0]]} at env step "
+                    f"{self.episodes.env_steps} (task {task}); checkpoints before it are kept"
+                )
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Correlates of plasticity [S] on observations of the last rollout, as TensorBoard tags."""
+        self.agent.probe()
+        measured = metrics.measure(self.agent.units)
+        values = {f"plasticity/{key}": np.asarray(value, np.float64) for key, value in measured.items()}
+        for name, count in self.agent.handle.counts().items():
+            values[f"intervention/{name}/units_reset"] = count.cpu().double().numpy()
+        return values
+
+    def record(self, losses: dict[str, np.ndarray], correlates: dict[str, np.ndarray], fps: float) -> None:
+        """Write every seed's scalars and episodes, and tell the parent process."""
+        steps = self.episodes.env_steps
+        for copy, (seed, recorder) in enumerate(zip(self.seeds, self.recorders, strict=True)):
+            task, parameters = self.envs.task_of(copy)  # type: ignore[attr-defined]
+            averages = self.episodes.averages(copy)
+            for episode in self.episodes.take(copy):
+                recorder.episode(*episode)
+            recorder.scalars(steps, {
+                **averages,
+                **{f"train/{name}": float(values[copy]) for name, values in losses.items()},
+                "task/index": task,
+                **{f"task/{name}": value for name, value in parameters.items()},
+                "time/fps": fps,
+                **{tag: float(values[copy]) for tag, values in correlates.items()},
+            })
+            self.report({
+                "seed": seed, "env_steps": steps, "task": task, "fps": fps,
+                "return": averages.get("rollout/ep_rew_mean"),
+            })
+
+    def save(self) -> None:
+        """Write a checkpoint of every seed, unless this step has one."""
+        steps = self.episodes.env_steps
+        if steps == self.saved:
+            return
+        for copy, (seed_dir, recorder) in enumerate(zip(self.seed_dirs, self.recorders, strict=True)):
+            recorder.flush()  # what the checkpoint has seen is on disk before the checkpoint is
+            write_checkpoint(seed_dir, steps, {
+                "agent": self.agent.state(copy),
+                "episodes": self.episodes.state(copy),
+                "environments": self.envs.get_state(copy),  # type: ignore[attr-defined]
+            })
+        self.saved = steps
+
+    def close(self) -> None:
+        """Release files and simulators."""
+        for recorder in self.recorders:
+            recorder.close()
+        self.envs.close()

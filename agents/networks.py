@@ -1,0 +1,169 @@
+"""Multilayer perceptrons over all seeds of a process, and their passes written out for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perennial.plasticity.copies import BatchedLinear, Init
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "leaky-relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+# In-place activation of a buffer and gradient from (incoming gradient, activation).
+_WRITTEN_OUT: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    nn.ReLU: (torch.relu_, lambda grad, h: torch.ops.aten.threshold_backward(grad, h, 0)),
+    nn.Tanh: (torch.tanh_, lambda grad, h: torch.ops.aten.tanh_backward(grad, h)),
+}
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation between, for `copies` seeds at once: [S, B, n_in] -> [S, B, n_out].
+
+    Args:
+        copies: S, the seeds trained as one batched network.
+        sizes: input width, hidden widths, output width.
+        activation: a key of ACTIVATIONS.
+        hidden_init, output_init: how weights are drawn; biases start at zero.
+        generators: one CPU generator per copy, so that a copy's weights do not depend on its company.
+    """
+
+    def __init__(
+        self,
+        copies: int,
+        sizes: Sequence[int],
+        activation: str,
+        hidden_init: Init,
+        output_init: Init,
+        generators: Sequence[torch.Generator],
+    ):
+        layers: list[nn.Module] = []
+        last = len(sizes) - 2
+        for k, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            init = output_init if k == last else hidden_init
+            layers.append(BatchedLinear(copies, n_in, n_out, init=init, generators=generators))
+            if k < last:
+                layers.append(ACTIVATIONS[activation]())
+        super().__init__(*layers)
+
+
+Record = Callable[[nn.Module, Tensor], None]
+
+
+class Autograd:
+    """Training passes of any network: forward, then backward from a gradient of the output."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+        self.parameters = list(net.parameters())
+        self.output: Tensor | None = None
+
+    def forward(self, x: Tensor, record: Record | None) -> Tensor:
+        """Output [S, B, n_out]; forward pre-hooks record activations, so `record` is not needed here."""
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+        with torch.enable_grad():
+            self.output = self.net(x)
+        return self.output.detach()
+
+    def backward(self, gradient: Tensor) -> None:
+        """Leave the gradients of sum(output * gradient) in every parameter's .grad."""
+        assert self.output is not None
+        self.output.backward(gradient)
+        self.output = None
+
+
+class WrittenOut:
+    """Training passes of a plain MLP (linear layers, ReLU or tanh) without autograd, into reused buffers.
+
+    Measured against autograd at two 256-256 networks and minibatches of 128: 1.3 times the updates per second
+    on one thread, and two networks can train in two threads, because few operations hold the interpreter.
+    """
+
+    def __init__(self, net: MLP):
+        modules = list(net)
+        self.layers: list[BatchedLinear] = [m for m in modules if isinstance(m, BatchedLinear)]
+        self.activate, self.differentiate = _WRITTEN_OUT[type(modules[1])]
+        self.copies = self.layers[0].weight.shape[0]
+        # One copy is the ordinary case: plain matrix products on views made once.
+        self.parts = [
+            (layer.weight.detach()[0], layer.bias.detach()[0]) if self.copies == 1
+            else (layer.weight.detach(), layer.bias.detach()[:, None])
+            for layer in self.layers
+        ]
+        self.gradients: list[tuple[Tensor, Tensor]] = []
+        self.hidden: list[Tensor] = []
+        self.buffers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    @staticmethod
+    def fits(net: nn.Module) -> bool:
+        """Whether `net` is a plain MLP: linear and known activation in turn, nothing else."""
+        modules = list(net) if isinstance(net, nn.Sequential) else []
+        return len(modules) >= 3 and all(
+            type(m) is BatchedLinear if k % 2 == 0 else type(m) is type(modules[1])
+            for k, m in enumerate(modules)
+        ) and type(modules[1]) in _WRITTEN_OUT
+
+    def _space(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+        if batch not in self.buffers:
+            lead = (batch,) if self.copies == 1 else (self.copies, batch)
+            outs = [weight.new_empty(*lead, weight.shape[-2]) for weight, _ in self.parts]
+            self.buffers[batch] = outs, [torch.empty_like(out) for out in outs[:-1]]
+        return self.buffers[batch]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+        """Output [S, B, n_out] in a buffer that the next forward of this batch size overwrites."""
+        outs, _ = self._space(x.shape[1])
+        alone = self.copies == 1
+        last = len(outs) - 1
+        self.hidden = []
+        if alone:
+            x = x[0]
+        for k, ((weight, bias), out) in enumerate(zip(self.parts, outs, strict=True)):
+            if record is not None:
+                record(self.layers[k], x[None] if alone else x)
+            self.hidden.append(x)
+            if alone:
+                x = torch.addmm(bias, x, weight.t(), out=out)
+            else:
+                x = torch.baddbmm(bias, x, weight.mT, out=out)
+            if k < last:
+                self.activate(x)
+        return x[None] if alone else x
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor) -> None:
+        """Write the gradients of sum(output * gradient) into every parameter's .grad."""
+        alone = self.copies == 1
+        if not self.gradients:
+            for layer in self.layers:
+                for p in (layer.weight, layer.bias):
+                    p.grad = torch.zeros_like(p)
+                assert layer.weight.grad is not None and layer.bias.grad is not None
+                pair = layer.weight.grad, layer.bias.grad
+                self.gradients.append((pair[0][0], pair[1][0]) if alone else pair)
+        _, spare = self._space(gradient.shape[1])
+        if alone:
+            gradient = gradient[0]
+        product = torch.mm if alone else torch.bmm
+        for k in range(len(self.parts) - 1, -1, -1):
+            x, (d_weight, d_bias) = self.hidden[k], self.gradients[k]
+            torch.sum(gradient, -2, out=d_bias)
+            product(gradient.mT, x, out=d_weight)
+            if k:
+                product(gradient, self.parts[k][0], out=spare[k - 1])
+                gradient = self.differentiate(spare[k - 1], x)
+
+
+def passes(net: nn.Module) -> Autograd | WrittenOut:
+    """The fastest training passes that `net` allows."""
+    return WrittenOut(net) if WrittenOut.fits(net) else Autograd(net)  # type: ignore[arg-type]
