@@ -1,0 +1,188 @@
+"""The MuJoCo ant's physics, observation and reward for many lanes at once, without a task.
+
+Numbers equal Gymnasium's Ant-v5 bit for bit (frame skip 5, reset noise 0.1), so results compare.
+"""
+
+import copy
+import os
+from functools import cache
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from perennial.envs.threads import LaneThreads
+
+FRAME_SKIP = 5
+TIME_STEP = 0.01 * FRAME_SKIP  # seconds per env step
+ACTION_SIZE = 8
+STATE_SIZE = 13 + 14  # qpos without x and y, qvel
+FORCE_SIZE = 14 * 6  # contact force and torque on each body; the first six are the world's: zero
+OBSERVATION_SIZES = {
+    "v5": STATE_SIZE + FORCE_SIZE - 6,
+    "v4": STATE_SIZE,
+    "v3": STATE_SIZE + FORCE_SIZE,
+}
+RESET_NOISE = 0.1
+CONTROL_COST, CONTACT_COST, ALIVE = 0.5, 5e-4, 1.0
+HEALTHY_Z = (0.2, 1.0)  # metres
+
+Floats = NDArray[np.float64]
+_INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+
+
+@cache
+def _compiled() -> mujoco.MjModel:
+    folder = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
+    return mujoco.MjModel.from_xml_path(os.path.join(folder, "ant.xml"))
+
+
+class AntLanes:
+    """`num` ants, each with its own model (frictions differ) and data.
+
+    Args:
+        num: How many lanes, N.
+        observation: "v5": 105 numbers, "v4": 27, "v3": 111 of which the last 84 are zero.
+        contact_cost: Whether the reward charges contact forces.
+        threads: Threads that step the lanes; more than 1 pays from two lanes on.
+    """
+
+    def __init__(self, num: int, observation: str, contact_cost: bool, threads: int = 1) -> None:
+        self.num = num
+        self.models = [copy.copy(_compiled()) for _ in range(num)]
+        self.datas = [mujoco.MjData(model) for model in self.models]
+        self.observation_size = OBSERVATION_SIZES[observation]
+        self._observation = observation
+        self._contact_cost = contact_cost
+        self._needs_forces = contact_cost or observation == "v5"
+        self._threads = LaneThreads(min(threads, num)) if min(threads, num) > 1 else None
+        self._init_qpos = self.datas[0].qpos.copy()
+        self._init_qvel = self.datas[0].qvel.copy()
+        # Live views into each lane's data: attribute access on MjData costs more than the copies.
+        self._views = [
+            (model, data, data.ctrl, data.qpos[2:], data.qvel, data.qpos[:2], data.xpos[1, :2],
+             data.cfrc_ext.reshape(-1))
+            for model, data in zip(self.models, self.datas, strict=True)
+        ]  # fmt: skip
+        self._frictions = [model.geom_friction[:, 0] for model in self.models]
+        self._forces = np.zeros((num, FORCE_SIZE))
+        self._actions: NDArray[Any] = np.zeros((num, ACTION_SIZE))
+        self._obs = np.zeros((num, self.observation_size))
+        self._torso = np.zeros((num, 2))  # the torso's x and y as the last step's reward saw them
+        self.position = np.zeros((num, 2))  # metres, after the last step or reset
+
+    def set_friction(self, lane: int, friction: float) -> None:
+        """Sliding friction of every geom: MuJoCo takes the larger of a pair, so all must move."""
+        self._frictions[lane][:] = friction
+
+    def reset(self, lane: int, rng: np.random.Generator) -> Floats:
+        """Start an episode in one lane; its observation [D]. Draws as Ant-v5's reset does."""
+        model, data = self.models[lane], self.datas[lane]
+        mujoco.mj_resetData(model, data)
+        data.qpos[:] = self._init_qpos + rng.uniform(-RESET_NOISE, RESET_NOISE, model.nq)
+        data.qvel[:] = self._init_qvel + RESET_NOISE * rng.standard_normal(model.nv)
+        mujoco.mj_forward(model, data)
+        _, _, _, pose, velocity, position, torso, forces = self._views[lane]
+        self._torso[lane] = torso
+        self.position[lane] = position
+        row = np.zeros(self.observation_size)
+        row[:13] = pose
+        row[13:STATE_SIZE] = velocity
+        if self._observation == "v5":
+            row[STATE_SIZE:] = np.clip(forces[6:], -1.0, 1.0)
+        return row
+
+    def step(
+        self, actions: NDArray[Any]
+    ) -> tuple[Floats, Floats, NDArray[np.bool_], dict[str, Any]]:
+        """One env step of every lane.
+
+        Args:
+            actions: [N, 8]; never clipped here: the engine clamps the motors, while the control
+                cost sees what the agent asked for.
+
+        Returns:
+            Observations [N, D], rewards [N], terminated [N], and the terms of the reward [N] each.
+            All are new arrays.
+        """
+        obs = np.zeros((self.num, self.observation_size))
+        self._obs, self._actions = obs, actions
+        torso_before = self._torso.copy()
+        if self._threads is None:
+            for lane in range(self.num):
+                self._simulate(lane)
+        else:
+            self._threads.run(self._simulate, self.num)
+
+        velocity = (self._torso - torso_before) / TIME_STEP
+        forward = velocity[:, 0]
+        height = obs[:, 0]
+        # The engine restarts a state beyond 1e10, so the sum is finite exactly where all terms are.
+        total = np.add.reduce(obs[:, :STATE_SIZE], axis=1) + np.add.reduce(self.position, axis=1)
+        healthy = (height >= HEALTHY_Z[0]) & (height <= HEALTHY_Z[1]) & np.isfinite(total)
+        alive = healthy * ALIVE
+        costs = control = CONTROL_COST * np.add.reduce(np.square(actions), axis=1)
+        terms = {"reward_forward": forward, "reward_ctrl": -control, "reward_survive": alive}
+        if self._needs_forces:
+            forces = self._forces
+            np.maximum(forces, -1.0, out=forces)
+            np.minimum(forces, 1.0, out=forces)
+            if self._observation == "v5":
+                obs[:, STATE_SIZE:] = forces[:, 6:]
+            if self._contact_cost:
+                np.square(forces, out=forces)
+                contact = CONTACT_COST * np.add.reduce(forces, axis=1)
+                costs = control + contact
+                terms["reward_contact"] = -contact
+        terms["x_velocity"] = forward
+        terms["y_velocity"] = velocity[:, 1]
+        return obs, forward + alive - costs, ~healthy, terms
+
+    def _simulate(self, lane: int) -> None:
+        model, data, ctrl, pose, velocity, position, torso, forces = self._views[lane]
+        ctrl[:] = self._actions[lane]
+        mujoco.mj_step(model, data, FRAME_SKIP)
+        if self._needs_forces:
+            # The engine computes external forces only on demand.
+            mujoco.mj_rnePostConstraint(model, data)
+            self._forces[lane] = forces
+        row = self._obs[lane]
+        row[:13] = pose
+        row[13:STATE_SIZE] = velocity
+        self._torso[lane] = torso
+        self.position[lane] = position
+
+    def get_state(self, lane: int) -> dict[str, Any]:
+        """One lane's physics, from which `set_state` goes on bit for bit."""
+        model, data = self.models[lane], self.datas[lane]
+        physics = np.empty(mujoco.mj_stateSize(model, _INTEGRATION))
+        mujoco.mj_getState(model, data, physics, _INTEGRATION)
+        # The reward's velocity starts at the torso's place as the last step left it, which the
+        # engine's own state does not hold.
+        return {
+            "physics": physics,
+            "torso": self._torso[lane].copy(),
+            "friction": float(self._frictions[lane][0]),
+        }
+
+    def set_state(self, lane: int, state: dict[str, Any]) -> None:
+        """Go on from a `get_state`; ValueError where it is of another model."""
+        model, data = self.models[lane], self.datas[lane]
+        physics = np.ascontiguousarray(state["physics"], dtype=np.float64)
+        size = mujoco.mj_stateSize(model, _INTEGRATION)
+        if physics.shape != (size,):
+            raise ValueError(f"ant state has {physics.size} numbers, this MuJoCo's has {size}")
+        self.set_friction(lane, state["friction"])
+        mujoco.mj_setState(model, data, physics, _INTEGRATION)
+        mujoco.mj_forward(model, data)  # for whoever looks at or renders the data
+        mujoco.mj_setState(model, data, physics, _INTEGRATION)  # forward moved the warm start
+        self._torso[lane] = state["torso"]
+        self.position[lane] = data.qpos[:2]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None

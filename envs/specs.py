@@ -1,0 +1,297 @@
+"""Which environments there are and which parameters they take; imports no simulator.
+
+One table serves the command line (strings), the constructors (values) and `perennial list envs`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perennial.envs import schedules
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of an environment.
+
+    kind: "int", "float", "numbers" (a tuple of floats), "choice" or "flag". `low` and `high` bound
+    every number, `size` the length of "numbers". `optional` parameters take None ("none").
+    """
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    size: int | None = None
+    optional: bool = False
+
+    def parse(self, value: Any) -> Any:
+        """The checked value of a string or a Python value; ValueError in one line."""
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+            if self.optional:
+                return None
+            raise ValueError(f"{self.name} must be {self._wanted()}; got none")
+        if self.kind == "choice":
+            return self._choice(value)
+        if self.kind == "flag":
+            return self._flag(value)
+        if self.kind == "numbers":
+            return self._numbers(value)
+        return self._number(value, whole=self.kind == "int")
+
+    def _choice(self, value: Any) -> str:
+        if value in self.choices:
+            return str(value)
+        raise ValueError(f"{self.name}={value}: {_nearest(str(value), self.choices)}")
+
+    def _flag(self, value: Any) -> bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        flag = value if isinstance(value, bool) else words.get(str(value).strip().lower())
+        if flag is None:
+            raise ValueError(f"{self.name} must be true or false; got {value}")
+        return flag
+
+    def _numbers(self, value: Any) -> tuple[float, ...]:
+        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, Iterable):
+            parts = [parts]
+        numbers = tuple(float(self._number(part, whole=False)) for part in parts)
+        if self.size is not None and len(numbers) != self.size:
+            raise ValueError(f"{self.name} must be {self._wanted()}; got {len(numbers)}: {value}")
+        if not numbers:
+            raise ValueError(f"{self.name} must be {self._wanted()}; got none")
+        return numbers
+
+    def _number(self, value: Any, whole: bool) -> int | float:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = _to_number(value)
+            if not math.isfinite(number) or (whole and number != int(number)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{self.name} must be {self._wanted()}; got {value}") from None
+        too_low = self.low is not None and number < self.low
+        if too_low or (self.high is not None and number > self.high):
+            raise ValueError(f"{self.name} must be {self._wanted()}; got {value}")
+        return int(number) if whole else float(number)
+
+    def _wanted(self) -> str:
+        many = "numbers" if self.size is None else f"{self.size} numbers"
+        noun = {
+            "int": "a whole number",
+            "float": "a number",
+            "numbers": many,
+            "choice": f"one of {', '.join(self.choices)}",
+            "flag": "true or false",
+        }[self.kind]
+        if self.low is not None and self.high is not None:
+            return f"{noun} from {self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"{noun} of at least {self.low:g}"
+        return noun
+
+
+@dataclass(frozen=True)
+class EnvEntry:
+    """One of our environments: a line of help, its modules, and its parameters."""
+
+    env_id: str
+    line: str
+    needs: tuple[str, ...]  # modules that must be importable
+    extra: str | None  # the extra of this distribution that brings them
+    params: tuple[Param, ...]
+    check: Callable[[Mapping[str, Any]], None]  # of all parameters together
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Parameter name -> default."""
+        return {param.name: param.default for param in self.params}
+
+
+LEAST_FRICTION, MOST_FRICTION = 1e-5, 1e4  # below 1e-5 MuJoCo uses 1e-5 whatever is asked for
+
+SCHEDULE_PARAMS = (
+    Param("change_every", "int", 2_000_000, "env steps of the seed from one change to the next",
+          low=1),
+    Param("schedule", "choice", "log-uniform", "how the values of the tasks come about",
+          choices=schedules.KINDS),
+    Param("period", "int", None, "env steps of a linear drift, or of one sinusoidal swing",
+          low=1, optional=True),
+    Param("change", "choice", "episode", "changes wait for an episode's end, or come at once",
+          choices=("episode", "now")),
+    Param("reference", "choice", None, "nature: count from the last change, at episode ends, as "
+          "the published code does", choices=("nature",), optional=True),
+    Param("task", "int", None, "stay in this task of the schedule for ever", low=0, optional=True),
+)  # fmt: skip
+
+SLIPPERY_ANT_PARAMS = (
+    Param("friction", "numbers", (0.02, 2.0), "range of the sliding friction of all geoms; a linear"
+          " drift goes from the first number to the second", size=2, low=LEAST_FRICTION, high=MOST_FRICTION),
+    Param("frictions", "numbers", None, "the values of schedule=list or schedule=cycle",
+          optional=True, low=LEAST_FRICTION, high=MOST_FRICTION),
+    *SCHEDULE_PARAMS,
+    Param("observation", "choice", "v5", "v5: 105 numbers; v4: 27, no contact forces; v3: the "
+          "published 111, of which 84 are zero", choices=("v5", "v4", "v3")),
+    Param("contact_cost", "flag", None, "charge Ant-v5's contact cost; none: yes, but for v3",
+          optional=True),
+    Param("max_episode_steps", "int", 1000, "time limit of an episode; none: no limit",
+          low=1, optional=True),
+)  # fmt: skip
+
+
+def _check_slippery_ant(args: Mapping[str, Any]) -> None:
+    low, high = args["friction"]
+    if low > high and args["schedule"] != "linear":
+        raise ValueError(f"friction={low:g},{high:g}: the lower number comes first")
+    schedules.make_values(args["schedule"], args["friction"], args["frictions"], args["period"])
+    check_clock(args)
+
+
+def check_clock(args: Mapping[str, Any]) -> None:
+    """Refuse a reference that cannot go with when changes happen."""
+    if args["reference"] == "nature" and args["change"] == "now":
+        raise ValueError("reference=nature changes at episode ends: drop change=now")
+
+
+ENVS: dict[str, EnvEntry] = {
+    "perennial/SlipperyAnt-v0": EnvEntry(
+        "perennial/SlipperyAnt-v0",
+        "MuJoCo ant on ground whose friction changes",
+        ("mujoco",),
+        None,
+        SLIPPERY_ANT_PARAMS,
+        _check_slippery_ant,
+    ),
+}
+
+# Modules that Gymnasium's own environments need, by the package that holds them.
+_GYMNASIUM_NEEDS = {
+    "gymnasium.envs.mujoco": ("mujoco", "mujoco"),
+    "gymnasium.envs.box2d": ("Box2D", "box2d"),
+}
+
+
+def check_env(env_id: str) -> None:
+    """Refuse an unknown environment or one whose simulator is not installed.
+
+    Raises:
+        ValueError: One line: the nearest id, or the extra to install.
+    """
+    if env_id in ENVS:
+        entry = ENVS[env_id]
+        for module in entry.needs:
+            if importlib.util.find_spec(module) is None:
+                package = f"perennial-rl[{entry.extra}]" if entry.extra else "perennial-rl"
+                raise ValueError(f"{env_id} needs {module}: pip install '{package}'")
+        return
+    import gymnasium
+
+    module, colon, name = env_id.partition(":")
+    if colon:  # "module:Env-v0", as gymnasium.make takes it: the module registers its ids
+        if not importlib.util.find_spec(module.split(".")[0]):
+            raise ValueError(f"environment {env_id}: there is no module {module} to import")
+        importlib.import_module(module)
+    else:
+        name = env_id
+    if name not in gymnasium.registry:
+        known = [*ENVS, *gymnasium.registry]
+        raise ValueError(f"no environment {env_id}: {_nearest(name, known, listed=False)}")
+    entry_point = gymnasium.registry[name].entry_point
+    for package, (needed, extra) in _GYMNASIUM_NEEDS.items():
+        inside = isinstance(entry_point, str) and entry_point.startswith(package)
+        if inside and importlib.util.find_spec(needed) is None:
+            raise ValueError(f"{env_id} needs {needed}: pip install 'gymnasium[{extra}]'")
+
+
+def check_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment's arguments, parsed from strings where they are strings, and checked.
+
+    Args:
+        env_id: One of our ids, or any registered one (its arguments are read as Python literals).
+        args: Name -> string from the command line, or Python value.
+
+    Returns:
+        The given arguments only; the rest keep their defaults.
+
+    Raises:
+        ValueError: One line that names the clash and the fix.
+    """
+    if env_id not in ENVS:
+        return _foreign_args(env_id, args)
+    entry = ENVS[env_id]
+    params = {param.name: param for param in entry.params}
+    parsed: dict[str, Any] = {}
+    for name, value in args.items():
+        if name == "schedule_seed":
+            raise ValueError("schedule_seed is the seed's own number: choose it with --seeds")
+        if name not in params:
+            raise ValueError(f"{env_id} takes no {name}: {_nearest(name, params)}")
+        parsed[name] = params[name].parse(value)
+    entry.check({**entry.defaults, **parsed})
+    return parsed
+
+
+def block_size(num_envs: int, seeds: int) -> int:
+    """Lanes per seed; ValueError where the lanes do not divide into equal blocks."""
+    if num_envs < 1 or seeds < 1 or num_envs % seeds:
+        raise ValueError(f"{num_envs} lanes do not divide into equal blocks for {seeds} seeds")
+    return num_envs // seeds
+
+
+def _foreign_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    if not args:
+        return {}
+    from gymnasium.envs.registration import load_env_creator, registry
+
+    creator: Any = registry[env_id.rpartition(":")[2]].entry_point
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    signature = inspect.signature(creator)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    known = [*signature.parameters, "max_episode_steps"]
+    for name in args:
+        if name not in known and not takes_any:
+            raise ValueError(f"{env_id} takes no {name}: {_nearest(name, known)}")
+    return {name: _literal(value) for name, value in args.items()}
+
+
+def _literal(value: Any) -> Any:
+    """A command line string as the Python literal it spells, else as the string it is."""
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _to_number(value: Any) -> int | float:
+    """A number as the user means it: 200000, 2e5 or 2_000_000."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            return float(value)
+    return value if isinstance(value, int) else float(value)
+
+
+def _nearest(name: str, known: Iterable[str], listed: bool = True) -> str:
+    """How a misspelt name's error goes on: the nearest known name, or the whole list."""
+    known = list(known)
+    folded = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {folded[close[0]]}?"
+    return f"choose from {', '.join(known)}" if listed else "see `perennial list envs`"
