@@ -133,6 +133,10 @@ def _convert(field: dataclasses.Field[Any], value: Any) -> Any:
 def _merge_specs(first: tuple[str, ...], added: tuple[str, ...]) -> tuple[str, ...]:
     """The preset's methods, those of the same name replaced, then the others that were given."""
     given = {spec.partition(":")[0]: spec for spec in added}
+    if len(given) < len(added):
+        names = [spec.partition(":")[0] for spec in added]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"plasticity: {twice!r} is named twice; name each method once")
     merged = [given.pop(spec.partition(":")[0], spec) for spec in first]
     return (*merged, *given.values())
 
@@ -177,7 +181,7 @@ def _parse_methods(plasticity: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 
 def _recordable(env_args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with lists as tuples, so that config.json gives back exactly what was checked."""
+    """The arguments with lists as tuples, so that config.json gives back exactly the same."""
     frozen = {name: _frozen(value) for name, value in env_args.items()}
     for name, value in frozen.items():
         try:
