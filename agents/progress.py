@@ -62,7 +62,7 @@ class Progress:
             print(self.line(), file=self.stream, flush=True)
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """Take a seed's report: seed, env_steps, task, return (None before an episode ended), fps."""
+        """Take a seed's report: seed, env_steps, task, return (None before an episode's end), fps."""
         self._latest[message["seed"]] = message
         if self._bar is not None:
             self._bar.update(
@@ -89,10 +89,12 @@ class Progress:
     def line(self) -> str:
         """Everything known, on one line."""
         done = self._env_steps()
+        percent = min(100.0, 100 * done / self.steps)  # the last rollout may overshoot
         each = " each" if self._seeds > 1 else ""
+        left = _clock_time(self._seconds_left())
         return (
-            f"{100 * done / self.steps:5.1f} %  {done:,.0f} of {self.steps:,} env steps{each}  "
-            f"{self._speed():,.0f} steps/s  ETA {_clock_time(self._seconds_left())}  {self._state()}"
+            f"{percent:5.1f} %  {done:,.0f} of {self.steps:,} env steps{each}  "
+            f"{self._speed():,.0f} steps/s  ETA {left}  {self._state()}"
         )
 
     def _env_steps(self) -> float:
