@@ -6,11 +6,13 @@ Numbers equal Gymnasium's Ant-v5 bit for bit (frame skip 5, reset noise 0.1), so
 import copy
 import os
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import gymnasium
 import mujoco
 import numpy as np
+from mujoco import mj_rnePostConstraint, mj_step
 from numpy.typing import NDArray
 
 from perennial.envs.threads import LaneThreads
@@ -62,7 +64,7 @@ class AntLanes:
         self._init_qvel = self.datas[0].qvel.copy()
         # Live views into each lane's data: attribute access on MjData costs more than the copies.
         self._views = [
-            (model, data, data.ctrl, data.qpos[2:], data.qvel, data.qpos[:2], data.xpos[1, :2],
+            (model, data, data.ctrl, data.qpos[2:], data.qvel, data.xpos[1, :2],
              data.cfrc_ext.reshape(-1))
             for model, data in zip(self.models, self.datas, strict=True)
         ]  # fmt: skip
@@ -70,8 +72,14 @@ class AntLanes:
         self._forces = np.zeros((num, FORCE_SIZE))
         self._actions: NDArray[Any] = np.zeros((num, ACTION_SIZE))
         self._obs = np.zeros((num, self.observation_size))
-        self._torso = np.zeros((num, 2))  # the torso's x and y as the last step's reward saw them
-        self.position = np.zeros((num, 2))  # metres, after the last step or reset
+        self._squares = [0.0] * num  # of the state: finite exactly where the state is
+        # The torso's x and y where the last step's velocity ended, and before that: the engine's
+        # body positions are those of the last substep's beginning, and Ant-v5 takes them so.
+        self.torso = [[0.0, 0.0] for _ in range(num)]
+        self.torso_before = [[0.0, 0.0] for _ in range(num)]
+        # Costs of the last step, one per lane, as they entered the reward.
+        self.control_costs = [0.0] * num
+        self.contact_costs = [0.0] * num
 
     def set_friction(self, lane: int, friction: float) -> None:
         """Sliding friction of every geom: MuJoCo takes the larger of a pair, so all must move."""
@@ -84,9 +92,8 @@ class AntLanes:
         data.qpos[:] = self._init_qpos + rng.uniform(-RESET_NOISE, RESET_NOISE, model.nq)
         data.qvel[:] = self._init_qvel + RESET_NOISE * rng.standard_normal(model.nv)
         mujoco.mj_forward(model, data)
-        _, _, _, pose, velocity, position, torso, forces = self._views[lane]
-        self._torso[lane] = torso
-        self.position[lane] = position
+        _, _, _, pose, velocity, torso, forces = self._views[lane]
+        self.torso[lane] = torso.tolist()
         row = np.zeros(self.observation_size)
         row[:13] = pose
         row[13:STATE_SIZE] = velocity
@@ -94,9 +101,7 @@ class AntLanes:
             row[STATE_SIZE:] = np.clip(forces[6:], -1.0, 1.0)
         return row
 
-    def step(
-        self, actions: NDArray[Any]
-    ) -> tuple[Floats, Floats, NDArray[np.bool_], dict[str, Any]]:
+    def step(self, actions: NDArray[Any]) -> tuple[Floats, list[float], list[bool]]:
         """One env step of every lane.
 
         Args:
@@ -104,55 +109,55 @@ class AntLanes:
                 cost sees what the agent asked for.
 
         Returns:
-            Observations [N, D], rewards [N], terminated [N], and the terms of the reward [N] each.
-            All are new arrays.
+            Observations [N, D] (a new array), N rewards, N flags: terminated.
         """
-        obs = np.zeros((self.num, self.observation_size))
-        self._obs, self._actions = obs, actions
-        torso_before = self._torso.copy()
+        num, with_contacts = self.num, self._contact_cost
+        self._actions = actions
+        self._obs = obs = np.zeros((num, self.observation_size))
+        self.torso_before = self.torso[:]
         if self._threads is None:
-            for lane in range(self.num):
+            for lane in range(num):
                 self._simulate(lane)
         else:
-            self._threads.run(self._simulate, self.num)
+            self._threads.run(self._simulate, num)
 
-        velocity = (self._torso - torso_before) / TIME_STEP
-        forward = velocity[:, 0]
-        height = obs[:, 0]
-        # The engine restarts a state beyond 1e10, so the sum is finite exactly where all terms are.
-        total = np.add.reduce(obs[:, :STATE_SIZE], axis=1) + np.add.reduce(self.position, axis=1)
-        healthy = (height >= HEALTHY_Z[0]) & (height <= HEALTHY_Z[1]) & np.isfinite(total)
-        alive = healthy * ALIVE
-        costs = control = CONTROL_COST * np.add.reduce(np.square(actions), axis=1)
-        terms = {"reward_forward": forward, "reward_ctrl": -control, "reward_survive": alive}
+        # What is long goes through numpy for all lanes at once; the few numbers per lane are
+        # quicker in plain Python than in a dozen numpy calls on short arrays.
         if self._needs_forces:
             forces = self._forces
-            np.maximum(forces, -1.0, out=forces)
-            np.minimum(forces, 1.0, out=forces)
+            np.maximum(forces, -1.0, forces)
+            np.minimum(forces, 1.0, forces)
             if self._observation == "v5":
                 obs[:, STATE_SIZE:] = forces[:, 6:]
-            if self._contact_cost:
-                np.square(forces, out=forces)
-                contact = CONTACT_COST * np.add.reduce(forces, axis=1)
-                costs = control + contact
-                terms["reward_contact"] = -contact
-        terms["x_velocity"] = forward
-        terms["y_velocity"] = velocity[:, 1]
-        return obs, forward + alive - costs, ~healthy, terms
+            if with_contacts:
+                np.square(forces, forces)
+                sums = np.add.reduce(forces, 1).tolist()
+                self.contact_costs = [CONTACT_COST * total for total in sums]
+        sums = np.add.reduce(np.square(actions), 1).tolist()
+        self.control_costs = [CONTROL_COST * total for total in sums]
+        rewards, terminated = [], []
+        for lane in range(num):
+            velocity = (self.torso[lane][0] - self.torso_before[lane][0]) / TIME_STEP
+            height = obs.item(lane, 0)
+            healthy = HEALTHY_Z[0] <= height <= HEALTHY_Z[1] and isfinite(self._squares[lane])
+            costs = self.control_costs[lane] + self.contact_costs[lane]
+            rewards.append(velocity + (ALIVE if healthy else 0.0) - costs)
+            terminated.append(not healthy)
+        return obs, rewards, terminated
 
     def _simulate(self, lane: int) -> None:
-        model, data, ctrl, pose, velocity, position, torso, forces = self._views[lane]
+        model, data, ctrl, pose, velocity, torso, forces = self._views[lane]
         ctrl[:] = self._actions[lane]
-        mujoco.mj_step(model, data, FRAME_SKIP)
+        mj_step(model, data, FRAME_SKIP)
         if self._needs_forces:
             # The engine computes external forces only on demand.
-            mujoco.mj_rnePostConstraint(model, data)
+            mj_rnePostConstraint(model, data)
             self._forces[lane] = forces
         row = self._obs[lane]
         row[:13] = pose
         row[13:STATE_SIZE] = velocity
-        self._torso[lane] = torso
-        self.position[lane] = position
+        self._squares[lane] = pose.dot(pose) + velocity.dot(velocity)
+        self.torso[lane] = torso.tolist()
 
     def get_state(self, lane: int) -> dict[str, Any]:
         """One lane's physics, from which `set_state` goes on bit for bit."""
@@ -163,7 +168,7 @@ class AntLanes:
         # engine's own state does not hold.
         return {
             "physics": physics,
-            "torso": self._torso[lane].copy(),
+            "torso": list(self.torso[lane]),
             "friction": float(self._frictions[lane][0]),
         }
 
@@ -178,8 +183,7 @@ class AntLanes:
         mujoco.mj_setState(model, data, physics, _INTEGRATION)
         mujoco.mj_forward(model, data)  # for whoever looks at or renders the data
         mujoco.mj_setState(model, data, physics, _INTEGRATION)  # forward moved the warm start
-        self._torso[lane] = state["torso"]
-        self.position[lane] = data.qpos[:2]
+        self.torso[lane] = list(state["torso"])
 
     def close(self) -> None:
         """End the threads."""

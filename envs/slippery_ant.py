@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.envs.ant import ACTION_SIZE, TIME_STEP, AntLanes, Floats
+from perennial.envs.ant import ACTION_SIZE, ALIVE, TIME_STEP, AntLanes, Floats
 from perennial.envs.schedules import Clock, Schedule, make_values
 from perennial.envs.specs import check_args
 from perennial.envs.state import generator_from_state
@@ -142,7 +142,7 @@ class SlipperyAntEnv(gym.Env[Floats, NDArray[np.float32]]):
         self._lanes.set_friction(0, self._friction)
 
     def _info(self) -> dict[str, Any]:
-        position = self._lanes.position[0]
+        position = self.data.qpos[:2]
         return {
             "task": self._task,
             "task_params": {"friction": self._friction},
@@ -169,13 +169,23 @@ class SlipperyAntEnv(gym.Env[Floats, NDArray[np.float32]]):
         actions = np.asarray(action)
         if actions.shape != (ACTION_SIZE,):
             raise ValueError(f"an action has shape ({ACTION_SIZE},); got {actions.shape}")
-        obs, rewards, terminated, terms = self._lanes.step(actions[None])
+        lanes = self._lanes
+        obs, (reward,), (terminated,) = lanes.step(actions[None])
         if self._clock.advance(1) and self._at_once:
             self._enter(self._clock.task)
         if self.render_mode == "human":
             self.render()
-        info = {**self._info(), **{name: float(term[0]) for name, term in terms.items()}}
-        return obs[0], float(rewards[0]), bool(terminated[0]), False, info
+        (x, y), (x_before, y_before) = lanes.torso[0], lanes.torso_before[0]
+        info = {
+            **self._info(),
+            "x_velocity": (x - x_before) / TIME_STEP,
+            "y_velocity": (y - y_before) / TIME_STEP,
+            "reward_forward": (x - x_before) / TIME_STEP,
+            "reward_ctrl": -lanes.control_costs[0],
+            "reward_contact": -lanes.contact_costs[0],
+            "reward_survive": 0.0 if terminated else ALIVE,
+        }
+        return obs[0], reward, terminated, False, info
 
     def render(self) -> Any:
         """A frame [480, 480, 3] uint8 with "rgb_array"; shows a window with "human"."""

@@ -96,7 +96,7 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
         self.render_mode = render_mode
         self._renderers: list[Any] = []
         self._rngs = [np.random.default_rng() for _ in range(num_envs)]
-        self._elapsed = np.zeros(num_envs, np.int64)
+        self._elapsed = [0] * num_envs
         self._tasks = [clock.task for clock in self._clocks for _ in range(self.block_size)]
         self._frictions = [0.0] * num_envs
         for lane, its_task in enumerate(self._tasks):
@@ -134,12 +134,7 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
         return self._lanes.reset(lane, self._rngs[lane])
 
     def _infos(self) -> dict[str, Any]:
-        return {
-            "task": self._task_info,
-            "task_params": dict(self._param_info),
-            "x_position": self._lanes.position[:, 0].copy(),
-            "y_position": self._lanes.position[:, 1].copy(),
-        }
+        return {"task": self._task_info, "task_params": dict(self._param_info)}
 
     def reset(  # type: ignore[override]
         self,
@@ -175,39 +170,40 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
         if actions.shape != (self.num_envs, ACTION_SIZE):
             wanted = (self.num_envs, ACTION_SIZE)
             raise ValueError(f"actions have shape {wanted}; got {actions.shape}")
-        obs, rewards, terminated, terms = self._lanes.step(actions)
-        self._elapsed += 1
-        if self._limit is None:
-            truncated = np.zeros(self.num_envs, np.bool_)
-        else:
-            truncated = self._elapsed >= self._limit
-        told = {"task": self._task_info, "task_params": self._param_info}  # of this transition
+        obs, rewards, terminated = self._lanes.step(actions)
+        elapsed = self._elapsed = [count + 1 for count in self._elapsed]
+        limit = self._limit
+        truncated = [limit is not None and count >= limit for count in elapsed]
+        infos = self._infos()  # of this transition; a change may come now
         for block, clock in enumerate(self._clocks):
             if clock.advance(self.block_size) and self._at_once:
                 for lane in range(block * self.block_size, (block + 1) * self.block_size):
                     self._enter(lane, clock.task)
                 self._announce()
-        if (terminated | truncated).any():
-            return self._autoreset(obs, rewards, terminated, truncated, {**terms, **told})
-        return obs, rewards, terminated, truncated, {**self._infos(), **terms}
+        if True in terminated or True in truncated:
+            ended = [a or b for a, b in zip(terminated, truncated, strict=True)]
+            infos = self._autoreset(obs, ended, infos)
+        elif self._at_once:
+            infos = self._infos()
+        return obs, np.array(rewards), np.array(terminated), np.array(truncated), infos
 
     def _autoreset(
-        self,
-        obs: Floats,
-        rewards: Floats,
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        terms: dict[str, Any],
-    ) -> tuple[Floats, Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        ended = terminated | truncated
+        self, obs: Floats, ended: list[bool], final_info: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Start the ended lanes' next episodes, in `obs` too; the infos of this step."""
         final_obs = np.full(self.num_envs, None, dtype=object)
-        final_info = {**self._infos(), **terms}
-        for lane in np.flatnonzero(ended).tolist():
-            final_obs[lane] = obs[lane].copy()
-            obs[lane] = self._start(lane)
-        infos = {**terms, **self._infos(), "final_obs": final_obs, "_final_obs": ended}
-        infos |= {"final_info": final_info, "_final_info": ended}
-        return obs, rewards, terminated, truncated, infos
+        for lane, over in enumerate(ended):
+            if over:
+                final_obs[lane] = obs[lane].copy()
+                obs[lane] = self._start(lane)
+        mask = np.array(ended)
+        return {
+            **self._infos(),
+            "final_obs": final_obs,
+            "_final_obs": mask,
+            "final_info": final_info,
+            "_final_info": mask.copy(),
+        }
 
     def task_of(self, block: int) -> tuple[int, dict[str, float]]:
         """The schedule's task of one seed now, and its parameters; lanes enter it one by one."""
@@ -220,8 +216,8 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
         return {
             "exact": True,
             "clock": self._clocks[block].get_state(),
-            "elapsed": self._elapsed[lanes.start : lanes.stop].copy(),
-            "tasks": np.array(self._tasks[lanes.start : lanes.stop], np.int64),
+            "elapsed": self._elapsed[lanes.start : lanes.stop],
+            "tasks": self._tasks[lanes.start : lanes.stop],
             "lanes": [self._lanes.get_state(lane) for lane in lanes],
             "rngs": [self._rngs[lane].bit_generator.state for lane in lanes],
         }
@@ -237,8 +233,8 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
             raise ValueError(f"the saved state has {held} lanes per seed, not {self.block_size}")
         self._clocks[block].set_state(state["clock"])
         first = block * self.block_size
-        self._elapsed[first : first + self.block_size] = state["elapsed"]
         for i in range(self.block_size):
+            self._elapsed[first + i] = int(state["elapsed"][i])
             self._enter(first + i, int(state["tasks"][i]))
             self._lanes.set_state(first + i, state["lanes"][i])
             self._rngs[first + i] = generator_from_state(state["rngs"][i])

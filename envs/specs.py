@@ -135,7 +135,8 @@ SCHEDULE_PARAMS = (
 
 SLIPPERY_ANT_PARAMS = (
     Param("friction", "numbers", (0.02, 2.0), "range of the sliding friction of all geoms; a linear"
-          " drift goes from the first number to the second", size=2, low=LEAST_FRICTION, high=MOST_FRICTION),
+          " drift goes from the first number to the second", size=2,
+          low=LEAST_FRICTION, high=MOST_FRICTION),
     Param("frictions", "numbers", None, "the values of schedule=list or schedule=cycle",
           optional=True, low=LEAST_FRICTION, high=MOST_FRICTION),
     *SCHEDULE_PARAMS,
