@@ -29,9 +29,11 @@ OBSERVATION_SIZES = {
 }
 RESET_NOISE = 0.1
 CONTROL_COST, CONTACT_COST, ALIVE = 0.5, 5e-4, 1.0
-HEALTHY_Z = (0.2, 1.0)  # metres
+LOWEST_Z, HIGHEST_Z = 0.2, 1.0  # metres: beyond, the ant has fallen or flown
 
 Floats = NDArray[np.float64]
+# As arrays: numpy takes 0.2 us longer over a Python number.
+_LOWEST, _HIGHEST = np.array(-1.0), np.array(1.0)  # of contact forces
 _INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
@@ -77,9 +79,9 @@ class AntLanes:
         # body positions are those of the last substep's beginning, and Ant-v5 takes them so.
         self.torso = [[0.0, 0.0] for _ in range(num)]
         self.torso_before = [[0.0, 0.0] for _ in range(num)]
-        # Costs of the last step, one per lane, as they entered the reward.
-        self.control_costs = [0.0] * num
-        self.contact_costs = [0.0] * num
+        # Sums of squares of the last step, which the reward's two costs scale.
+        self.action_squares = [0.0] * num
+        self.contact_squares = [0.0] * num  # stays zero where contacts cost nothing
 
     def set_friction(self, lane: int, friction: float) -> None:
         """Sliding friction of every geom: MuJoCo takes the larger of a pair, so all must move."""
@@ -98,7 +100,7 @@ class AntLanes:
         row[:13] = pose
         row[13:STATE_SIZE] = velocity
         if self._observation == "v5":
-            row[STATE_SIZE:] = np.clip(forces[6:], -1.0, 1.0)
+            row[STATE_SIZE:] = np.clip(forces[6:], _LOWEST, _HIGHEST)
         return row
 
     def step(self, actions: NDArray[Any]) -> tuple[Floats, list[float], list[bool]]:
@@ -111,7 +113,7 @@ class AntLanes:
         Returns:
             Observations [N, D] (a new array), N rewards, N flags: terminated.
         """
-        num, with_contacts = self.num, self._contact_cost
+        num = self.num
         self._actions = actions
         self._obs = obs = np.zeros((num, self.observation_size))
         self.torso_before = self.torso[:]
@@ -125,22 +127,21 @@ class AntLanes:
         # quicker in plain Python than in a dozen numpy calls on short arrays.
         if self._needs_forces:
             forces = self._forces
-            np.maximum(forces, -1.0, forces)
-            np.minimum(forces, 1.0, forces)
+            np.maximum(forces, _LOWEST, out=forces)
+            np.minimum(forces, _HIGHEST, out=forces)
             if self._observation == "v5":
                 obs[:, STATE_SIZE:] = forces[:, 6:]
-            if with_contacts:
-                np.square(forces, forces)
-                sums = np.add.reduce(forces, 1).tolist()
-                self.contact_costs = [CONTACT_COST * total for total in sums]
-        sums = np.add.reduce(np.square(actions), 1).tolist()
-        self.control_costs = [CONTROL_COST * total for total in sums]
+            if self._contact_cost:
+                np.square(forces, out=forces)
+                self.contact_squares = np.add.reduce(forces, 1).tolist()
+        self.action_squares = np.add.reduce(np.square(actions), 1).tolist()
+        torso, torso_before = self.torso, self.torso_before
+        actions_cost, contacts_cost = self.action_squares, self.contact_squares
         rewards, terminated = [], []
         for lane in range(num):
-            velocity = (self.torso[lane][0] - self.torso_before[lane][0]) / TIME_STEP
-            height = obs.item(lane, 0)
-            healthy = HEALTHY_Z[0] <= height <= HEALTHY_Z[1] and isfinite(self._squares[lane])
-            costs = self.control_costs[lane] + self.contact_costs[lane]
+            healthy = LOWEST_Z <= obs.item(lane, 0) <= HIGHEST_Z and isfinite(self._squares[lane])
+            costs = CONTROL_COST * actions_cost[lane] + CONTACT_COST * contacts_cost[lane]
+            velocity = (torso[lane][0] - torso_before[lane][0]) / TIME_STEP
             rewards.append(velocity + (ALIVE if healthy else 0.0) - costs)
             terminated.append(not healthy)
         return obs, rewards, terminated
@@ -156,7 +157,8 @@ class AntLanes:
         row = self._obs[lane]
         row[:13] = pose
         row[13:STATE_SIZE] = velocity
-        self._squares[lane] = pose.dot(pose) + velocity.dot(velocity)
+        state = row[:STATE_SIZE]
+        self._squares[lane] = state.dot(state)
         self.torso[lane] = torso.tolist()
 
     def get_state(self, lane: int) -> dict[str, Any]:

@@ -13,7 +13,15 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.envs.ant import ACTION_SIZE, ALIVE, TIME_STEP, AntLanes, Floats
+from perennial.envs.ant import (
+    ACTION_SIZE,
+    ALIVE,
+    CONTACT_COST,
+    CONTROL_COST,
+    TIME_STEP,
+    AntLanes,
+    Floats,
+)
 from perennial.envs.schedules import Clock, Schedule, make_values
 from perennial.envs.specs import check_args
 from perennial.envs.state import generator_from_state
@@ -181,8 +189,8 @@ class SlipperyAntEnv(gym.Env[Floats, NDArray[np.float32]]):
             "x_velocity": (x - x_before) / TIME_STEP,
             "y_velocity": (y - y_before) / TIME_STEP,
             "reward_forward": (x - x_before) / TIME_STEP,
-            "reward_ctrl": -lanes.control_costs[0],
-            "reward_contact": -lanes.contact_costs[0],
+            "reward_ctrl": -CONTROL_COST * lanes.action_squares[0],
+            "reward_contact": -CONTACT_COST * lanes.contact_squares[0],
             "reward_survive": 0.0 if terminated else ALIVE,
         }
         return obs[0], reward, terminated, False, info
