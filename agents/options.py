@@ -30,6 +30,22 @@ class Kind:
     convert: Callable[[Any], Any]  # text or Python value -> stored value; ValueError if impossible
     switch: bool = False  # `--name` / `--no-name`
     many: bool = False  # takes several values and may be repeated
+    word: str | None = None  # how None is written, where None is a value
+    spelling: Callable[[Any], str] | None = None  # stored value -> text, if not the obvious
+
+    def spell(self, value: Any) -> str:
+        """A stored value as the command line takes it."""
+        if self.spelling is not None:
+            return self.spelling(value)
+        if value is None:
+            return self.word or "none"
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, Mapping):
+            return " ".join(f"{key}={self.spell(item)}" for key, item in value.items()) or "none"
+        if isinstance(value, tuple):
+            return (" " if self.many else ",").join(map(self.spell, value)) or "none"
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def option(group: str, kind: Kind, default: Any, help: str, *, hparam: bool = True) -> Any:
@@ -135,7 +151,7 @@ def optional(kind: Kind, word: str = "none") -> Kind:
         except ValueError as error:
             raise ValueError(str(error).replace(", not ", f" or {word!r}, not ", 1)) from None
 
-    return Kind(f"{kind.metavar}|{word}", convert)
+    return Kind(f"{kind.metavar}|{word}", convert, word=word)
 
 
 def choice(*names: str) -> Kind:
@@ -160,7 +176,7 @@ def switch() -> Kind:
             raise _expected("true or false", value)
         return value
 
-    return Kind("", convert, switch=True)
+    return Kind("true|false", convert, switch=True)
 
 
 def text(metavar: str) -> Kind:
@@ -219,7 +235,12 @@ def seeds() -> Kind:
             raise ValueError(f"seed {twice} is named twice in {shown(value)}; name each seed once")
         return tuple(numbers_)
 
-    return Kind("N|A:B|A,B", convert)
+    def spelling(value: tuple[int, ...]) -> str:
+        if value == tuple(range(len(value))):
+            return str(len(value))
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+
+    return Kind("N|A:B|A,B", convert, spelling=spelling)
 
 
 def several(kind: Kind, what: str, count: tuple[int, int]) -> Kind:
@@ -232,10 +253,7 @@ def several(kind: Kind, what: str, count: tuple[int, int]) -> Kind:
         parts = [part for part in parts if part != ""]
         if not count[0] <= len(parts) <= count[1]:
             raise _expected(what, value)
-        try:
-            return tuple(kind.convert(part) for part in parts)
-        except ValueError as error:
-            raise ValueError(f"{error}; expected {what}") from None
+        return tuple(kind.convert(part) for part in parts)
 
     return Kind(f"{kind.metavar},{kind.metavar}", convert)
 
