@@ -39,13 +39,11 @@ class Kind:
             return self.spelling(value)
         if value is None:
             return self.word or "none"
-        if isinstance(value, bool):
-            return str(value).lower()
         if isinstance(value, Mapping):
-            return " ".join(f"{key}={self.spell(item)}" for key, item in value.items()) or "none"
-        if isinstance(value, tuple):
-            return (" " if self.many else ",").join(map(self.spell, value)) or "none"
-        return f"{value:g}" if isinstance(value, float) else str(value)
+            return " ".join(f"{key}={_spell(item)}" for key, item in value.items()) or "none"
+        if self.many:
+            return " ".join(value) or "none"
+        return _spell(value)
 
 
 def option(group: str, kind: Kind, default: Any, help: str, *, hparam: bool = True) -> Any:
@@ -66,6 +64,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close:  # a name cut short is a near miss too
         close = [other for other in names if name and other.startswith(name)][:1]
     return f"; did you mean {close[0]!r}?" if close else f" (available: {', '.join(names)})"
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_spell, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def shown(value: Any) -> str:
@@ -159,7 +165,9 @@ def choice(*names: str) -> Kind:
 
     def convert(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
-            raise ValueError(f"unknown value {shown(value)}{nearest(str(value), names)}")
+            hint = nearest(str(value), names)
+            whole_list = "" if "available" in hint else f" (available: {', '.join(names)})"
+            raise ValueError(f"unknown value {shown(value)}{hint}{whole_list}")
         return value
 
     return Kind("|".join(names), convert)

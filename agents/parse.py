@@ -21,6 +21,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 from perennial.agents.config import UsageError
 from perennial.agents.options import Kind, nearest, shown
 
+_POSITIONAL: Any = tyro.conf.Positional  # subscripted with types made at run time
+_REPEATED: Any = tyro.conf.UseAppendAction
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -37,7 +40,7 @@ class Argument:
 def parse(
     command: str, about: str, arguments: Sequence[Argument], words: Sequence[str]
 ) -> dict[str, Any]:
-    """What the words give, by argument: text, a list of it for kinds with many, a bool for switches.
+    """What the words give, by argument: text, a list of it where many go, a bool for a switch.
 
     Arguments that are not given are absent. Prints the help and raises SystemExit(0) for `--help`.
     Groups of the help come in the order of their first arguments.
@@ -138,10 +141,9 @@ def _annotation(argument: Argument) -> Any:
     about = tyro.conf.arg(help=argument.help, help_behavior_hint=hint, metavar=metavar)
     one: Any = Annotated[Any, words]
     if argument.positional:
-        return tyro.conf.Positional[Annotated[one, about]]
+        return _POSITIONAL[Annotated[one, about]]
     if kind.many:
-        repeated: Any = Annotated[tuple[one, ...], about]
-        return tyro.conf.UseAppendAction[repeated]
+        return _REPEATED[Annotated[tuple[one, ...], about]]
     return Annotated[one, about]
 
 

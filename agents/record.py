@@ -19,7 +19,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from perennial.agents import events
 from perennial.agents.config import Config, to_json
@@ -127,18 +126,8 @@ def hparams_of(config: Config, seed: int) -> dict[str, float | str]:
         if field.metadata["hparam"]:
             value = getattr(config, field.name)
             plain = type(value) in (int, float) and field.type in ("int", "float")
-            shown[field.name] = value if plain else _words(value)
+            shown[field.name] = value if plain else field.metadata["kind"].spell(value)
     return shown
-
-
-def _words(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={_words(item)}" for key, item in value.items())
-    if isinstance(value, tuple):
-        return ",".join(_words(item) for item in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @contextlib.contextmanager
