@@ -1,8 +1,9 @@
 """Checkpoints: a nested dict of tensors and plain values in a folder that is whole or not there.
 
-`checkpoints/<env_steps>/` holds `tensors.safetensors`, `state.json` and, written last, `manifest.json` with
-the SHA-256 of both. The folder is filled under a temporary name, every file is flushed to disk, and the rename
-makes it visible. Reading checks the hashes and falls back to the one before. Nothing is ever unpickled.
+`checkpoints/<env_steps>/` holds `tensors.safetensors`, `state.json` and, written last,
+`manifest.json` with the SHA-256 of both. The folder is filled under a temporary name, every file is
+flushed to disk, and the rename makes it visible. Reading checks the hashes and falls back to the
+one before. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _flush_folder(path: Path) -> None:
 
 
 def write_checkpoint(seed_dir: Path, env_steps: int, tree: dict[str, Any]) -> Path:
-    """Write `tree` (nested dicts and lists of tensors, arrays and JSON values) as the newest checkpoint."""
+    """Write `tree`, nested dicts and lists of tensors, arrays and JSON values, as the newest."""
     root = seed_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -89,11 +90,15 @@ def write_checkpoint(seed_dir: Path, env_steps: int, tree: dict[str, Any]) -> Pa
             _write(unfinished / name, data)
         _write(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk: give the space back, keep the old ones
+        shutil.rmtree(
+            unfinished, ignore_errors=True
+        )  # a full disk: give the space back, keep the old ones
         raise
     _flush_folder(unfinished)
     final = root / str(env_steps)
-    shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be in the way: see `newest_checkpoint`
+    shutil.rmtree(
+        final, ignore_errors=True
+    )  # only a damaged one can be in the way: see `newest_checkpoint`
     unfinished.rename(final)
     _flush_folder(root)
     for old in checkpoints(seed_dir)[:-_KEEP]:
@@ -110,27 +115,40 @@ def checkpoints(seed_dir: Path) -> list[int]:
 
 
 def read_checkpoint(seed_dir: Path, env_steps: int) -> dict[str, Any]:
-    """The tree written at `env_steps`; ValueError with one line when a file is missing or damaged."""
+    """The tree written at `env_steps`; ValueError in one line when a file is missing or damaged."""
     folder = seed_dir / "checkpoints" / str(env_steps)
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         hashes = manifest["sha256"]
         if manifest["format"] != _FORMAT or manifest["env_steps"] != env_steps:
             raise ValueError(f"{folder}: manifest.json is of another format or step")
-        data = {name: (folder / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
+        data = {
+            name: (folder / name).read_bytes() for name in ("tensors.safetensors", "state.json")
+        }
         for name, content in data.items():
             if hashlib.sha256(content).hexdigest() != hashes[name]:
-                raise ValueError(f"{folder / name} is damaged: its SHA-256 differs from manifest.json")
+                raise ValueError(
+                    f"{folder / name} is damaged: its SHA-256 differs from manifest.json"
+                )
         return _join(json.loads(data["state.json"]), load(data["tensors.safetensors"]))
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError,
-            RecursionError) as e:
-        raise ValueError(f"{folder}: unreadable checkpoint ({type(e).__name__}: {e})".replace("\n", " ")) from e
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        SafetensorError,
+        RecursionError,
+    ) as e:
+        raise ValueError(
+            f"{folder}: unreadable checkpoint ({type(e).__name__}: {e})".replace("\n", " ")
+        ) from e
 
 
 def newest_checkpoint(
     seed_dirs: list[Path], warn: Any = None
 ) -> tuple[int, list[dict[str, Any]]] | None:
-    """The newest env_steps at which every one of `seed_dirs` has a good checkpoint, and their trees."""
+    """The newest env_steps at which all of `seed_dirs` have a good checkpoint, and the trees."""
     common = set.intersection(*(set(checkpoints(d)) for d in seed_dirs))
     for env_steps in sorted(common, reverse=True):
         try:

@@ -1,8 +1,9 @@
 """Action distributions as pure functions, with the gradients of PPO's losses written out.
 
-The loss of a minibatch is a handful of operations on small tensors, where autograd's bookkeeping costs more
-than the arithmetic (measured: 0.2 ms of a 2 ms update). So losses return their gradients with respect to the
-network outputs; tests compare them with autograd. Shapes carry the copies axis first; sums run over copies.
+The loss of a minibatch is a handful of operations on small tensors, where autograd's bookkeeping
+costs more than the arithmetic (measured: 0.2 ms of a 2 ms update). So losses return their gradients
+with respect to the network outputs; tests compare them with autograd. Shapes carry the copies axis
+first; sums run over copies.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """Log density [S, B] of actions [S, B, A] under N(mean [S, B, A], exp(log_std [S, A])^2)."""
+    """Log density [S, B] of actions under N(mean, exp(log_std)^2): [S, B, A] and [S, A]."""
     z = (actions - mean) * torch.exp(-log_std)[:, None]
     constant = log_std.sum(-1, keepdim=True) + log_std.shape[-1] * _HALF_LOG_2PI
     return z.square().sum(-1).mul(-0.5) - constant
@@ -31,19 +32,18 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
     return log_std.sum(-1) + log_std.shape[-1] * (0.5 + _HALF_LOG_2PI)
 
 
-def ratio_gradient(
-    log_ratio: Tensor, advantages: Tensor, clip_range: float
-) -> Tensor:
-    """Gradient [S, B] of `-mean_B min(ratio A, clip(ratio) A)` with respect to the log probabilities."""
+def ratio_gradient(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Gradient [S, B] of `-mean_B min(ratio A, clip(ratio) A)` by log probability."""
     ratio = log_ratio.exp()
     gain = ratio * advantages
     clipped = ratio.clamp_(1.0 - clip_range, 1.0 + clip_range).mul_(advantages)
-    # The minimum passes a gradient where the unclipped term is the smaller one; inside the range both are equal.
+    # The minimum passes a gradient where the unclipped term is the smaller one; inside the range
+    # both are equal.
     return gain.mul_(gain <= clipped).mul_(-1.0 / advantages.shape[-1])
 
 
 def surrogate_losses(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> dict[str, Tensor]:
-    """Policy loss, approximate KL (Schulman's (r - 1) - log r) and clip fraction, reduced over the last axis."""
+    """Policy loss, approximate KL (r - 1 - log r) and clip fraction, reduced over the last axis."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return {
@@ -77,7 +77,7 @@ class SurrogateGradient(NamedTuple):
 
 
 class Gaussian(nn.Module):
-    """Diagonal Gaussian over a box of `size` actions; the log standard deviations are parameters [S, size]."""
+    """Diagonal Gaussian over `size` actions; log standard deviations are parameters [S, size]."""
 
     def __init__(self, copies: int, size: int, log_std_init: float):
         super().__init__()
@@ -85,31 +85,32 @@ class Gaussian(nn.Module):
         self.log_std = nn.Parameter(torch.full((copies, size), float(log_std_init)))
 
     def noise(self, streams: Streams, steps: int, lanes: int) -> np.ndarray:
-        """The random numbers of a rollout, float32 [S, T, E, size]."""
-        return streams.normal(steps, lanes, self.size)
+        """What a rollout's actions add to the means [S, T, E, size]: deviations times normals."""
+        std = self.log_std.detach().exp()[:, None, None].cpu().numpy()
+        return std * streams.normal(steps, lanes, self.size)
 
-    @torch.no_grad()
-    def sample(self, output: Tensor, noise: Tensor, std: Tensor) -> Tensor:
-        """Actions [S, E, size] from means [S, E, size]; `std` = exp(log_std)[:, None], computed once a rollout."""
-        return torch.addcmul(output, std, noise)
-
-    @torch.no_grad()
     def log_prob(self, output: Tensor, actions: Tensor) -> Tensor:
         """Log density [S, B] of the actions."""
-        return gaussian_log_prob(output, self.log_std, actions)
+        return gaussian_log_prob(output, self.log_std.detach(), actions)
 
-    @torch.no_grad()
     def entropy(self, output: Tensor) -> Tensor:
         """Mean entropy [S]; it does not depend on the means."""
-        return gaussian_entropy(self.log_std)
+        return gaussian_entropy(self.log_std.detach())
 
-    @torch.no_grad()
     def surrogate(
-        self, output: Tensor, actions: Tensor, old_log_prob: Tensor, advantages: Tensor,
-        clip_range: float, ent_coef: float,
+        self,
+        output: Tensor,
+        actions: Tensor,
+        old_log_prob: Tensor,
+        advantages: Tensor,
+        clip_range: float,
+        ent_coef: float,
     ) -> SurrogateGradient:
-        """Gradient of `-mean_B min(ratio A, clip(ratio) A) - ent_coef * entropy`; log_std.grad is written."""
-        log_std = self.log_std
+        """Gradient of `-mean_B min(ratio A, clip(ratio) A) - ent_coef * entropy` by the means.
+
+        The gradient by log_std is left in `log_std.grad`.
+        """
+        log_std = self.log_std.detach()
         inverse_std = torch.exp(-log_std)[:, None]
         z = (actions - output).mul_(inverse_std)
         squares = z.square()
@@ -119,7 +120,8 @@ class Gaussian(nn.Module):
         d_log_std = squares.sub_(1.0).mul_(d_log_prob).sum(-2)
         if ent_coef:
             d_log_std.sub_(ent_coef)
-        if log_std.grad is None:
-            log_std.grad = torch.zeros_like(log_std)
-        log_std.grad.copy_(d_log_std)
+        if self.log_std.grad is None:
+            self.log_std.grad = d_log_std
+        else:
+            self.log_std.grad.copy_(d_log_std)
         return SurrogateGradient(log_ratio, z.mul_(inverse_std).mul_(d_log_prob))

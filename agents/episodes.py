@@ -11,7 +11,7 @@ _WINDOW = 100  # episodes that rollout/ep_rew_mean averages over, as in Stable-B
 
 
 class Episode(NamedTuple):
-    """One finished episode; `env_steps` is the seed's clock at its end, `ret` the undiscounted return."""
+    """One finished episode: the seed's clock at its end, task, undiscounted return, length."""
 
     env_steps: int
     task: int
@@ -20,34 +20,31 @@ class Episode(NamedTuple):
 
 
 class Episodes:
-    """Adds up rewards of S seeds with E lanes each and keeps the finished episodes until they are taken."""
+    """Adds up rewards of S seeds with E lanes each; keeps finished episodes until taken."""
 
     def __init__(self, copies: int, lanes: int):
         self.copies, self.lanes = copies, lanes
         self.env_steps = 0  # of every seed: the seeds of a process go in step
         self.returns = np.zeros(copies * lanes)
-        self.lengths = np.zeros(copies * lanes, np.int64)
-        self.tasks = np.zeros(copies * lanes, np.int64)
+        # The step of the current rollout at which each lane's episode began: negative for earlier
+        # ones.
+        self.begun = np.zeros(copies * lanes, np.int64)
         self.finished: list[list[Episode]] = [[] for _ in range(copies)]
         self.recent: list[deque[Episode]] = [deque(maxlen=_WINDOW) for _ in range(copies)]
-        self.task_sums: list[tuple[int, float, int]] = [(0, 0.0, 0)] * copies  # task, sum of returns, count
+        self.task_sums: list[tuple[int, float, int]] = [
+            (0, 0.0, 0)
+        ] * copies  # task, sum of returns, count
 
-    def start(self, infos: dict[str, Any]) -> None:
-        """Take the tasks that the lanes begin with."""
-        if "task" in infos:
-            self.tasks[:] = infos["task"]
-
-    def step(self, rewards: np.ndarray, ended: np.ndarray | None, infos: dict[str, Any]) -> None:
-        """Count one step of every lane; `ended` [N] is None when no episode ended."""
-        self.env_steps += self.lanes
-        self.returns += rewards
-        self.lengths += 1
-        if ended is None:
-            return
+    def end(self, t: int, rewards: np.ndarray, ended: np.ndarray, infos: dict[str, Any]) -> None:
+        """Finish the episodes of lanes `ended` [N] at step t of a rollout with rewards [T, N]."""
+        tasks = infos["final_info"].get("task")  # None: the environment never changes
         for lane in np.flatnonzero(ended):
-            copy = int(lane) // self.lanes
+            copy, first = int(lane) // self.lanes, int(self.begun[lane])
             episode = Episode(
-                self.env_steps, int(self.tasks[lane]), float(self.returns[lane]), int(self.lengths[lane])
+                self.env_steps + (t + 1) * self.lanes,
+                0 if tasks is None else int(tasks[lane]),
+                float(self.returns[lane] + rewards[max(first, 0) : t + 1, lane].sum()),
+                t + 1 - first,
             )
             self.finished[copy].append(episode)
             self.recent[copy].append(episode)
@@ -58,9 +55,15 @@ class Episodes:
                 total, count = total + episode.ret, count + 1
             self.task_sums[copy] = task, total, count
         self.returns[ended] = 0.0
-        self.lengths[ended] = 0
-        if "task" in infos:
-            self.tasks[ended] = np.asarray(infos["task"])[ended]
+        self.begun[ended] = t + 1
+
+    def rollout(self, rewards: np.ndarray) -> None:
+        """Count a whole rollout with rewards [T, N], after the ends of its episodes."""
+        steps = len(rewards)
+        for lane, first in enumerate(self.begun.tolist()):
+            self.returns[lane] += rewards[max(first, 0) :, lane].sum()
+        self.begun -= steps
+        self.env_steps += steps * self.lanes
 
     def take(self, copy: int) -> list[Episode]:
         """Episodes of one seed that finished since the last call."""
@@ -72,7 +75,7 @@ class Episodes:
         recent = self.recent[copy]
         if not recent:
             return {}
-        task, total, count = self.task_sums[copy]
+        _, total, count = self.task_sums[copy]
         averages = {
             "rollout/ep_rew_mean": sum(e.ret for e in recent) / len(recent),
             "rollout/ep_len_mean": sum(e.length for e in recent) / len(recent),
@@ -87,8 +90,7 @@ class Episodes:
         return {
             "env_steps": self.env_steps,
             "returns": self.returns[rows].copy(),
-            "lengths": self.lengths[rows].copy(),
-            "tasks": self.tasks[rows].copy(),
+            "begun": self.begun[rows].copy(),
             "recent": [list(e) for e in self.recent[copy]],
             "task_sums": list(self.task_sums[copy]),
         }
@@ -97,8 +99,7 @@ class Episodes:
         """Continue one seed from `state`."""
         rows = slice(copy * self.lanes, (copy + 1) * self.lanes)
         self.env_steps = state["env_steps"]
-        self.returns[rows], self.lengths[rows] = state["returns"], state["lengths"]
-        self.tasks[rows] = state["tasks"]
+        self.returns[rows], self.begun[rows] = state["returns"], state["begun"]
         self.finished[copy] = []
         self.recent[copy] = deque((Episode(*e) for e in state["recent"]), maxlen=_WINDOW)
         task, total, count = state["task_sums"]

@@ -1,4 +1,4 @@
-"""The training loop of one process: a group of seeds, from the first step or from their checkpoints."""
+"""The training loop of one process: a group of seeds, new or from their checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def train_group(
 ) -> dict[str, float]:
     """Train `seeds` in step until `config.steps` env steps each, or until `stopping()`.
 
-    Goes on from the newest checkpoint that all the seeds have. Returns the seconds spent in each part.
+    Goes on from the newest checkpoint that all the seeds have. Returns the seconds spent in each
+    part.
     """
     group = Group(config, seeds, run_dir, device, threads, report)
     agent, envs, episodes, clock = group.agent, group.envs, group.episodes, group.clock
@@ -52,7 +53,7 @@ def train_group(
                 losses = agent.update(progress=min(1.0, episodes.env_steps / config.steps))
             group.check(losses)
             with clock("metrics"):
-                correlates = group.measure() if group.passes(config.metrics_interval) else {}
+                correlates = group.measure()
             with clock("record"):
                 fps = (episodes.env_steps - begun_steps) / (time.monotonic() - begun)
                 group.record(losses, correlates, fps)
@@ -69,33 +70,47 @@ class Group:
     """What the loop works on: environments, agent, episodes, recorders and their state on disk."""
 
     def __init__(
-        self, config: Config, seeds: tuple[int, ...], run_dir: Path, device: str, threads: int, report: Report
+        self,
+        config: Config,
+        seeds: tuple[int, ...],
+        run_dir: Path,
+        device: str,
+        threads: int,
+        report: Report,
     ):
         self.config, self.seeds, self.report = config, seeds, report
         self.seconds: dict[str, float] = {}
         self.seed_dirs = [run_dir / f"seed-{s}" for s in seeds]
         self.envs = make_vec(
-            config.env, len(seeds) * config.num_envs, schedule_seeds=seeds, threads=threads,
+            config.env,
+            len(seeds) * config.num_envs,
+            schedule_seeds=seeds,
+            threads=threads,
             **config.env_args,
         )
         self.agent = AGENTS[config.agent](
-            config, self.envs.single_observation_space, self.envs.single_action_space, seeds, device, threads  # type: ignore[arg-type]
+            config,
+            self.envs.single_observation_space,
+            self.envs.single_action_space,
+            seeds,
+            device,
+            threads,  # type: ignore[arg-type]
         )
         self.episodes = Episodes(len(seeds), config.num_envs)
         found = newest_checkpoint(self.seed_dirs, warn=lambda text: report({"warning": text}))
         self.saved = found[0] if found else 0
-        observations, infos = self.envs.reset(
+        observations, _ = self.envs.reset(
             seed=[lane for s in seeds for lane in environment_seeds(s, config.num_envs)]
         )
         self.agent.start(observations)
-        self.episodes.start(infos)
         for copy, tree in enumerate(found[1] if found else []):
             self.agent.load_state(copy, tree["agent"])
             self.episodes.load_state(copy, tree["episodes"])
             self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
         self.recorders = [
-            SeedRecorder(d, config, s, resume_step=found[0] if found else None)
-            for d, s in zip(self.seed_dirs, seeds, strict=True)
+            # An earlier attempt without a checkpoint starts again from step 0, over what it wrote.
+            SeedRecorder(d, config, self.saved if (d / "episodes.csv").exists() else None)
+            for d in self.seed_dirs
         ]
 
     @contextmanager
@@ -106,8 +121,10 @@ class Group:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
 
     def passes(self, interval: int) -> bool:
-        """Whether the last rollout passed a multiple of `interval`; a function of env_steps alone, so that
-        a resumed run acts at the same steps."""
+        """Whether the last rollout passed a multiple of `interval`.
+
+        A function of env_steps alone, so that a resumed run acts at the same steps.
+        """
         steps = self.episodes.env_steps
         return steps // interval > (steps - self.config.rollout) // interval
 
@@ -123,15 +140,21 @@ class Group:
                 )
 
     def measure(self) -> dict[str, np.ndarray]:
-        """Correlates of plasticity [S] on observations of the last rollout, as TensorBoard tags."""
+        """Correlates of plasticity [S] on the last rollout's observations, when due, by tag."""
+        if not self.recorders[0].metrics_due(self.episodes.env_steps):
+            return {}
         self.agent.probe()
         measured = metrics.measure(self.agent.units)
-        values = {f"plasticity/{key}": np.asarray(value, np.float64) for key, value in measured.items()}
+        values = {
+            f"plasticity/{key}": np.asarray(value, np.float64) for key, value in measured.items()
+        }
         for name, count in self.agent.handle.counts().items():
             values[f"intervention/{name}/units_reset"] = count.cpu().double().numpy()
         return values
 
-    def record(self, losses: dict[str, np.ndarray], correlates: dict[str, np.ndarray], fps: float) -> None:
+    def record(
+        self, losses: dict[str, np.ndarray], correlates: dict[str, np.ndarray], fps: float
+    ) -> None:
         """Write every seed's scalars and episodes, and tell the parent process."""
         steps = self.episodes.env_steps
         for copy, (seed, recorder) in enumerate(zip(self.seeds, self.recorders, strict=True)):
@@ -139,31 +162,42 @@ class Group:
             averages = self.episodes.averages(copy)
             for episode in self.episodes.take(copy):
                 recorder.episode(*episode)
-            recorder.scalars(steps, {
-                **averages,
-                **{f"train/{name}": float(values[copy]) for name, values in losses.items()},
-                "task/index": task,
-                **{f"task/{name}": value for name, value in parameters.items()},
-                "time/fps": fps,
-                **{tag: float(values[copy]) for tag, values in correlates.items()},
-            })
-            self.report({
-                "seed": seed, "env_steps": steps, "task": task, "fps": fps,
-                "return": averages.get("rollout/ep_rew_mean"),
-            })
+            measured = {tag: float(values[copy]) for tag, values in correlates.items()}
+            if recorder.due(steps):
+                measured |= averages | {f"task/{name}": value for name, value in parameters.items()}
+                measured |= {
+                    f"train/{name}": float(values[copy]) for name, values in losses.items()
+                }
+                measured |= {"task/index": task, "time/fps": fps}
+            recorder.scalars(steps, measured)
+            self.report(
+                {
+                    "seed": seed,
+                    "env_steps": steps,
+                    "task": task,
+                    "fps": fps,
+                    "return": averages.get("rollout/ep_rew_mean"),
+                }
+            )
 
     def save(self) -> None:
         """Write a checkpoint of every seed, unless this step has one."""
         steps = self.episodes.env_steps
         if steps == self.saved:
             return
-        for copy, (seed_dir, recorder) in enumerate(zip(self.seed_dirs, self.recorders, strict=True)):
+        for copy, (seed_dir, recorder) in enumerate(
+            zip(self.seed_dirs, self.recorders, strict=True)
+        ):
             recorder.flush()  # what the checkpoint has seen is on disk before the checkpoint is
-            write_checkpoint(seed_dir, steps, {
-                "agent": self.agent.state(copy),
-                "episodes": self.episodes.state(copy),
-                "environments": self.envs.get_state(copy),  # type: ignore[attr-defined]
-            })
+            write_checkpoint(
+                seed_dir,
+                steps,
+                {
+                    "agent": self.agent.state(copy),
+                    "episodes": self.episodes.state(copy),
+                    "environments": self.envs.get_state(copy),  # type: ignore[attr-defined]
+                },
+            )
         self.saved = steps
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Running normalisation of observations and rewards, per seed, as Stable-Baselines3's VecNormalize does it."""
+"""Running normalisation of observations and rewards per seed, as in SB3's VecNormalize."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ class Moments:
     def state(self, copy: int) -> dict[str, Any]:
         """One copy's statistics."""
         return {
-            "mean": self.mean[copy].copy(), "var": self.var[copy].copy(), "count": float(self.count[copy])
+            "mean": self.mean[copy].copy(),
+            "var": self.var[copy].copy(),
+            "count": float(self.count[copy]),
         }
 
     def load_state(self, copy: int, state: dict[str, Any]) -> None:
         """Continue from `state`."""
-        self.mean[copy], self.var[copy], self.count[copy] = state["mean"], state["var"], state["count"]
+        self.mean[copy], self.var[copy], self.count[copy] = (
+            state["mean"],
+            state["var"],
+            state["count"],
+        )
 
 
 class Normalizer:
-    """Observation and reward scaling of S seeds; either part may be off, and then passes its input through."""
+    """Observation and reward scaling of S seeds; a part that is off passes its input through."""
 
     def __init__(
         self, copies: int, n_obs: int, lanes: int, norm_obs: bool, norm_reward: bool, gamma: float

@@ -1,14 +1,16 @@
 """Proximal policy optimisation over all seeds of a process as one batched network.
 
-Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (arXiv 1707.06347). The details are those of
-Stable-Baselines3: per-minibatch advantage normalisation, optional value clipping, one Adam over both networks,
-gradient clipping by the norm over both, stop of an update by approximate KL, value bootstrapping where a time
-limit cut an episode. Each holds per seed: clipping, normalisation and the KL stop never look across seeds.
+Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (arXiv 1707.06347). The details are
+those of Stable-Baselines3: per-minibatch advantage normalisation, optional value clipping, one Adam
+over both networks, gradient clipping by the norm over both, stop of an update by approximate KL,
+value bootstrapping where a time limit cut an episode. Each holds per seed: clipping, normalisation
+and the KL stop never look across seeds.
 
     perennial train ppo --env perennial/SlipperyAnt-v0 --steps 1e6 --plasticity cbp
 
-Deviations: initial weights are drawn per seed from their own stream; log probabilities of a rollout come from
-the means that acted, values from one batch after the rollout (the same numbers up to rounding).
+Deviations: initial weights are drawn per seed from their own stream; log probabilities of a rollout
+come from the means that acted, values from one batch after the rollout (the same numbers up to
+rounding).
 """
 
 from __future__ import annotations
@@ -19,45 +21,25 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from perennial.agents.config import EQUAL_BETAS, PPOConfig
-from perennial.agents.distributions import Gaussian, surrogate_losses, value_gradient
+from perennial.agents.actor_critic import ActorCritic, interventions, sizes
+from perennial.agents.config import PPOConfig
+from perennial.agents.distributions import surrogate_losses, value_gradient
 from perennial.agents.episodes import Episodes
-from perennial.agents.networks import MLP, WrittenOut, passes
+from perennial.agents.networks import Acting, WrittenOut, passes
 from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import generalised_advantages
-from perennial.agents.streams import Streams, torch_generator
+from perennial.agents.streams import Streams
 from perennial.plasticity import attach, find_units, make
 from perennial.plasticity.adam import BatchedAdam
-from perennial.plasticity.copies import Init
 
 _PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
 _CHUNK = 4096  # rows of one value forward: bounds memory, costs nothing
 
 
-class ActorCritic(nn.Module):
-    """Separate policy and value networks and the action distribution, for S seeds."""
-
-    def __init__(self, config: PPOConfig, n_obs: int, n_act: int, seeds: tuple[int, ...]):
-        super().__init__()
-        generators = [torch_generator(s, "init") for s in seeds]
-        if config.init == "orthogonal":  # SB3's gains
-            hidden, policy_out, value_out = (Init("orthogonal", g) for g in (2**0.5, 0.01, 1.0))
-        else:
-            hidden = policy_out = value_out = Init("lecun-uniform")
-        copies, arch, activation = len(seeds), config.net_arch, config.activation
-        self.policy = MLP(copies, (n_obs, *arch, n_act), activation, hidden, policy_out, generators)
-        self.value = MLP(copies, (n_obs, *arch, 1), activation, hidden, value_out, generators)
-        self.distribution = Gaussian(copies, n_act, config.log_std_init)
-
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Means [S, B, A] and values [S, B, 1] of observations [S, B, D]."""
-        return self.policy(observations), self.value(observations)
-
-
 class PPO:
-    """Networks, optimizer, interventions and rollout of S seeds; `collect`, then `update`, again and again."""
+    """Networks, optimizer, interventions and rollout of S seeds: `collect`, then `update`."""
 
     def __init__(
         self,
@@ -70,26 +52,34 @@ class PPO:
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.seeds, self.device = config, seeds, torch.device(device)
-        n_obs, n_act = _sizes(config, observation_space, action_space)
+        n_obs, n_act = sizes(config, observation_space, action_space)
         self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
         self.net = ActorCritic(config, n_obs, n_act, seeds).to(self.device, dtype)
         self.optimizer = BatchedAdam(
             self.net.parameters(), lr=config.learning_rate, betas=config.betas, eps=config.adam_eps
         )
         self.units = find_units(
-            self.net, torch.zeros(len(seeds), 1, n_obs, device=self.device, dtype=dtype), forward=self.net
+            self.net,
+            torch.zeros(len(seeds), 1, n_obs, device=self.device, dtype=dtype),
+            forward=self.net,
         )
         self.handle = attach(
-            [make(spec) for spec in interventions(config)], self.units, self.optimizer,
-            seeds=seeds, hooks=False,
+            [make(spec) for spec in interventions(config)],
+            self.units,
+            self.optimizer,
+            seeds=seeds,
+            hooks=False,
         )
         self.policy_passes, self.value_passes = passes(self.net.policy), passes(self.net.value)
         written_out = isinstance(self.policy_passes, WrittenOut)
-        self.acting = WrittenOut(self.net.policy) if written_out else None
+        on_cpu = self.device.type == "cpu"
+        self.acting = Acting(self.net.policy) if written_out and on_cpu else None
+        self.gradients: list[Tensor] = []
+        self.flat: list[Tensor] = []
         self.record = self.units.record if self.handle.observes else None
         # Two networks on two threads, one core each, beat matrix products split over two cores.
         self.aside = None
-        if threads > 1 and self.device.type == "cpu":
+        if threads > 1 and on_cpu:
             if written_out:
                 self.aside = ThreadPoolExecutor(1, thread_name_prefix="value")
             else:
@@ -105,106 +95,123 @@ class PPO:
         self.observations = torch.zeros(*lead, n_obs, dtype=dtype)
         self.actions = torch.zeros(*lead, n_act, dtype=dtype)
         self.outputs = torch.zeros(*lead, n_act, dtype=dtype)
-        self.rewards = np.zeros(lead)
-        self.ends = np.zeros(lead, np.bool_)
+        self.rewards = np.zeros((config.n_steps, len(seeds) * config.num_envs))
+        self.ends = np.zeros(self.rewards.shape, np.bool_)
         # Normalised observations that act next.
-        self.latest = np.zeros((len(seeds), config.num_envs, n_obs), self.observations.numpy().dtype)
+        self.latest = np.zeros(
+            (len(seeds), config.num_envs, n_obs), self.observations.numpy().dtype
+        )
 
-    # ---- acting ------------------------------------------------------------------------------------------
+    # ---- acting
+    # ------------------------------------------------------------------------------------------
 
     def start(self, observations: np.ndarray) -> None:
         """Begin from the first observations [S*E, D] of the environments."""
         shaped = observations.reshape(self.latest.shape)
         self.latest = self.normalizer.observe(shaped).astype(self.latest.dtype)
 
-    def _policy(self, observations: Tensor) -> Tensor:
+    def _policy(self, observations: np.ndarray) -> np.ndarray:
         if self.acting is not None:
             return self.acting.forward(observations)
         with torch.no_grad():
-            return self.net.policy(observations)
+            return self.net.policy(torch.from_numpy(observations).to(self.device)).cpu().numpy()
 
     def collect(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
-        """Play one rollout of n_steps per lane into the buffers; finished episodes go to `episodes`."""
+        """Play one rollout of n_steps per lane into the buffers; its episodes go to `episodes`."""
         config, shape, clip = self.config, self.latest.shape, self.config.clips_actions
-        lanes = shape[0] * shape[1]
-        std = self.net.distribution.log_std.detach().exp()[:, None]
-        noise = torch.from_numpy(self.action_noise_of_rollout()).to(std)
-        seen, acted, rewards = self.observations.numpy(), self.actions.numpy(), self.rewards
-        on_cpu = self.device.type == "cpu"
+        steps, lanes = config.n_steps, shape[0] * shape[1]
+        noise = self.net.distribution.noise(self.action_noise, steps, config.num_envs)
+        seen, outputs, acted = (x.numpy() for x in (self.observations, self.outputs, self.actions))
+        raw, rewards = np.zeros((steps, lanes)), np.zeros((steps, lanes))
+        ends = np.zeros((steps, lanes), np.bool_)
         cuts: list[tuple[int, int, np.ndarray]] = []
-        latest = self.latest
-        for t in range(config.n_steps):
+        latest, normalizer = self.latest, self.normalizer
+        for t in range(steps):
             seen[:, t] = latest
-            output = self._policy(torch.from_numpy(latest) if on_cpu else self.observations[:, t].to(self.device))
-            self.outputs[:, t] = output
-            actions = self.net.distribution.sample(output, noise[:, t], std).cpu().numpy()
-            acted[:, t] = actions
-            flat = actions.reshape(lanes, -1)
+            outputs[:, t] = output = self._policy(latest)
+            acted[:, t] = actions = output + noise[:, t]
+            asked = actions.reshape(lanes, -1)
             if clip:
-                flat = np.clip(flat, self.low, self.high)
-            obs, reward, terminated, truncated, infos = envs.step(flat)
-            ended = terminated | truncated
-            self.ends[:, t] = ended.reshape(shape[:2])
-            rewards[:, t] = self.normalizer.reward(reward.reshape(shape[:2]), ended.reshape(shape[:2]))
-            any_ended = ended.any()
-            if any_ended and config.timeout == "bootstrap":
+                asked = np.clip(asked, self.low, self.high)
+            obs, raw[t], terminated, truncated, infos = envs.step(asked)
+            if "_final_obs" in infos:  # only where an episode ended
+                ends[t] = infos["_final_obs"]
+                episodes.end(t, raw, ends[t], infos)
                 for lane in np.flatnonzero(truncated & ~terminated):
                     cuts.append((t, int(lane), infos["final_obs"][lane]))
-            episodes.step(reward, ended if any_ended else None, infos)
-            latest = self.normalizer.observe(obs.reshape(shape)).astype(latest.dtype)
-        self.latest = latest
-        self._bootstrap(cuts)
-
-    def action_noise_of_rollout(self) -> np.ndarray:
-        """All random numbers of a rollout's actions, drawn in bulk."""
-        return self.net.distribution.noise(self.action_noise, self.config.n_steps, self.config.num_envs)
+            if normalizer.returns is not None:
+                rewards[t] = normalizer.reward(
+                    raw[t].reshape(shape[:2]), ends[t].reshape(shape[:2])
+                ).ravel()
+            latest = normalizer.observe(obs.reshape(shape)).astype(latest.dtype)
+        episodes.rollout(raw)
+        self.latest, self.ends = latest, ends
+        self.rewards = raw if normalizer.returns is None else rewards
+        if config.timeout == "bootstrap":
+            self._bootstrap(cuts)
 
     def _bootstrap(self, cuts: list[tuple[int, int, np.ndarray]]) -> None:
-        """Add gamma V(final observation) where a time limit cut an episode that would have gone on."""
-        if not cuts:
-            return
+        """Add gamma V(final observation) where a time limit cut an episode short."""
         for t, lane, final in cuts:
-            s, e = divmod(lane, self.config.num_envs)
+            s = lane // self.config.num_envs
             row = np.zeros((len(self.seeds), 1, self.observations.shape[-1]), self.latest.dtype)
             row[s] = self.normalizer.normalize(final[None], s)
             value = self.values(torch.from_numpy(row))[s, 0]
-            self.rewards[s, t, e] += self.config.gamma * float(value)
+            self.rewards[t, lane] += self.config.gamma * float(value)
 
     def values(self, observations: Tensor) -> Tensor:
         """Values [S, B] (on the CPU) of normalised observations [S, B, D]."""
         chunks = observations.split(_CHUNK, dim=1)
         with torch.no_grad():
-            return torch.cat([self.value_forward(c.to(self.device))[..., 0].cpu() for c in chunks], dim=1)
+            return torch.cat(
+                [self.value_forward(c.to(self.device))[..., 0].cpu() for c in chunks], dim=1
+            )
 
     def value_forward(self, observations: Tensor) -> Tensor:
         """Value network without bookkeeping for training."""
         return self.net.value(observations)
 
-    # ---- learning ----------------------------------------------------------------------------------------
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Actions [..., A] without noise for raw observations [..., D], of the first copy."""
+        rows = self.normalizer.normalize(np.asarray(observation), 0).astype(self.latest.dtype)
+        flat = torch.from_numpy(rows.reshape(-1, rows.shape[-1])).to(self.device)
+        with torch.no_grad():
+            means = self.net.policy(flat[None].expand(len(self.seeds), -1, -1))[0]
+        return means.cpu().numpy().reshape(*rows.shape[:-1], -1)
+
+    # ---- learning
+    # ----------------------------------------------------------------------------------------
 
     def update(self, progress: float) -> dict[str, np.ndarray]:
-        """Learn from the rollout in the buffers; returns `train/*` values [S]. `progress` in [0, 1]."""
-        config = self.config
-        copies, steps, lanes = self.rewards.shape
-        n = steps * lanes
+        """Learn from the rollout; returns `train/*` values [S]. `progress` of the run in [0, 1]."""
+        config, copies, lanes = self.config, len(self.seeds), self.config.num_envs
+        steps, n = config.n_steps, config.n_steps * config.num_envs
         values = self.values(self.observations.reshape(copies, n, -1))
         next_values = self.values(torch.from_numpy(self.latest)).numpy()
+        by_lane = values.numpy().reshape(copies, steps, lanes).swapaxes(0, 1).reshape(steps, -1)
         advantages = generalised_advantages(
-            self.rewards.swapaxes(0, 1).reshape(steps, -1),
-            values.numpy().reshape(copies, steps, lanes).swapaxes(0, 1).reshape(steps, -1),
+            self.rewards,
+            by_lane,
             next_values.reshape(-1),
-            self.ends.swapaxes(0, 1).reshape(steps, -1),
-            config.gamma, config.gae_lambda,
+            self.ends,
+            config.gamma,
+            config.gae_lambda,
         )
         advantages = advantages.reshape(steps, copies, lanes).swapaxes(0, 1).reshape(copies, n)
-        advantage = torch.from_numpy(np.ascontiguousarray(advantages)).to(values.dtype)
+        advantage = torch.from_numpy(advantages).to(values.dtype)
         actions = self.actions.reshape(copies, n, -1)
         log_prob = self.net.distribution.log_prob(
             self.outputs.reshape(copies, n, -1).to(self.device), actions.to(self.device)
         )
         order = torch.from_numpy(self.minibatch_order.permutations(n, config.n_epochs))
         return self.learn(
-            self.observations.reshape(copies, n, -1), actions, log_prob, values, advantage, order, progress
+            self.observations.reshape(copies, n, -1),
+            actions,
+            log_prob,
+            values,
+            advantage,
+            order,
+            progress,
         )
 
     def learn(
@@ -219,7 +226,8 @@ class PPO:
     ) -> dict[str, np.ndarray]:
         """`n_epochs` passes over a rollout of n transitions per seed.
 
-        observations [S, n, D], actions [S, n, A], log_prob, values, advantages [S, n]; order [S, epochs, n].
+        observations [S, n, D], actions [S, n, A], log_prob, values, advantages [S, n]; order [S,
+        epochs, n].
         """
         config, device, copies = self.config, self.device, len(self.seeds)
         returns = advantages + values
@@ -230,8 +238,12 @@ class PPO:
             group["lr"] = rate
         if config.advantage_norm == "batch":
             advantages = _standardised(advantages)
-        data = [x.to(device) for x in (observations, actions, log_prob, values, advantages, returns)]
-        log_ratios = torch.zeros(config.n_epochs, copies, minibatches, batch, dtype=values.dtype, device=device)
+        data = [
+            x.to(device) for x in (observations, actions, log_prob, values, advantages, returns)
+        ]
+        log_ratios = torch.zeros(
+            config.n_epochs, copies, minibatches, batch, dtype=values.dtype, device=device
+        )
         weights, residuals = torch.zeros_like(log_ratios), torch.zeros_like(log_ratios)
         done = np.zeros(copies, np.int64)  # minibatches that each seed has seen
         active = [True] * copies
@@ -245,28 +257,40 @@ class PPO:
             for k in range(minibatches):
                 rows = slice(k * batch, (k + 1) * batch)
                 log_ratio, residual = self._gradients(
-                    obs[:, rows], act[:, rows], old[:, rows], old_values[:, rows], adv[:, rows], ret[:, rows]
+                    obs[:, rows],
+                    act[:, rows],
+                    old[:, rows],
+                    old_values[:, rows],
+                    adv[:, rows],
+                    ret[:, rows],
                 )
                 log_ratios[epoch, :, k], residuals[epoch, :, k] = log_ratio, residual
                 done += active
                 if config.target_kl is not None:
                     kl = (log_ratio.exp() - 1.0 - log_ratio).mean(-1).tolist()
-                    active = [a and x <= 1.5 * config.target_kl for a, x in zip(active, kl, strict=True)]
+                    active = [
+                        a and x <= 1.5 * config.target_kl for a, x in zip(active, kl, strict=True)
+                    ]
                     if not any(active):
                         break
                 everyone = all(active)
                 self._clip()
                 self.handle.before_step()
-                self.optimizer.step(active=None if everyone else active)
+                self.optimizer.move(active=None if everyone else active)
                 self.handle.after_step(active=None if everyone else active)
                 self.updates += 1
         return self._losses(log_ratios, weights, residuals, done, values, returns, rate)
 
     def _gradients(
-        self, obs: Tensor, actions: Tensor, old_log_prob: Tensor, old_values: Tensor, advantages: Tensor,
+        self,
+        obs: Tensor,
+        actions: Tensor,
+        old_log_prob: Tensor,
+        old_values: Tensor,
+        advantages: Tensor,
         returns: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Leave the loss' gradients in `.grad`; returns log ratios and value residuals, both [S, B]."""
+        """Leave the loss' gradients in `.grad`; returns log ratios, value residuals [S, B]."""
         config = self.config
 
         def value_side() -> Tensor:
@@ -285,26 +309,32 @@ class PPO:
         self.policy_passes.backward(step.d_output)
         return step.log_ratio, aside.result() if aside is not None else value_side()
 
-    @torch.no_grad()
     def _clip(self) -> None:
         """Scale each seed's gradients to a norm of at most max_grad_norm, over both networks."""
         limit = self.config.max_grad_norm
         if limit is None:
             return
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        flat = [g.view(g.shape[0], 1, -1) for g in gradients]
-        squares = torch.stack([torch.bmm(g, g.mT).view(-1) for g in flat])
-        scale = (limit / (squares.sum(0).sqrt() + 1e-6)).clamp_(max=1.0)
+        if not self.flat:  # gradients are tensors that stay: their views are made once
+            self.gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            self.flat = [g.view(len(self.seeds), 1, -1) for g in self.gradients]
+        squares = torch.cat([torch.bmm(g, g.mT) for g in self.flat], dim=-1)  # [S, 1, tensors]
+        scale = (limit / (squares.sum(-1).sqrt_().add_(1e-6))).clamp_(max=1.0)  # [S, 1]
         if len(self.seeds) == 1:
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(self.gradients, scale[0, 0])
         else:
-            for g in flat:
-                g.mul_(scale[:, None, None])
+            for g in self.flat:
+                g.mul_(scale[..., None])
 
     @torch.no_grad()
     def _losses(
-        self, log_ratios: Tensor, weights: Tensor, residuals: Tensor, done: np.ndarray, values: Tensor,
-        returns: Tensor, rate: float,
+        self,
+        log_ratios: Tensor,
+        weights: Tensor,
+        residuals: Tensor,
+        done: np.ndarray,
+        values: Tensor,
+        returns: Tensor,
+        rate: float,
     ) -> dict[str, np.ndarray]:
         """Averages over the minibatches that each seed has seen, under SB3's names."""
         config = self.config
@@ -321,7 +351,9 @@ class PPO:
         unexplained = (returns - values).double().var(-1, correction=0).cpu().numpy()
         return {
             **averaged,
-            "loss": last["policy_gradient_loss"] - config.ent_coef * entropy + config.vf_coef * last["value_loss"],
+            "loss": last["policy_gradient_loss"]
+            - config.ent_coef * entropy
+            + config.vf_coef * last["value_loss"],
             "entropy_loss": -entropy,
             "explained_variance": 1.0 - unexplained / np.where(variance > 0, variance, np.nan),
             "std": self.net.distribution.log_std.exp().mean(-1).cpu().double().numpy(),
@@ -336,16 +368,18 @@ class PPO:
         with torch.no_grad(), self.units.recording():
             self.net(rows)
 
-    # ---- state -------------------------------------------------------------------------------------------
+    # ---- state
+    # -------------------------------------------------------------------------------------------
 
     def state(self, copy: int) -> dict[str, Any]:
-        """Everything that one seed's future depends on: tensors and plain values in a nested dict."""
+        """All that one seed's future depends on: tensors and plain values in a nested dict."""
         return {
             "weights": {k: v[copy].detach().cpu() for k, v in self.net.state_dict().items()},
             "optimizer": self.optimizer.state_of(copy),
             "interventions": self.handle.state_of(copy),
             "streams": {
-                "action": self.action_noise.state(copy), "minibatch": self.minibatch_order.state(copy),
+                "action": self.action_noise.state(copy),
+                "minibatch": self.minibatch_order.state(copy),
             },
             "normalizer": self.normalizer.state(copy),
             "latest": torch.from_numpy(self.latest[copy].copy()),
@@ -367,21 +401,6 @@ class PPO:
         self.updates = state["updates"]
 
 
-def interventions(config: PPOConfig) -> list[str]:
-    """The specs that act on the network; sugar for optimizer options is resolved in the config."""
-    return [spec for spec in config.plasticity if spec.partition(":")[0] != EQUAL_BETAS]
-
-
-def _sizes(config: PPOConfig, observation_space: gym.Space, action_space: gym.Space) -> tuple[int, int]:
-    """Widths of observation and action; one line for spaces that PPO cannot use."""
-    for name, space in (("observation", observation_space), ("action", action_space)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(
-                f"ppo needs a flat Box {name} space, but {config.env} has {space}: choose another --env"
-            )
-    return int(np.prod(observation_space.shape)), int(np.prod(action_space.shape))  # type: ignore[arg-type]
-
-
 def _standardised(x: Tensor) -> Tensor:
     """(x - mean) / (std + 1e-8) along the last axis, as SB3 does."""
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
@@ -391,4 +410,6 @@ def _shuffled(x: Tensor, order: Tensor) -> Tensor:
     """x [S, n, ...] with each seed's rows in its order [S, n]."""
     if x.shape[0] == 1:
         return x[0].index_select(0, order[0].to(x.device))[None]
-    return torch.stack([row.index_select(0, o.to(x.device)) for row, o in zip(x, order, strict=True)])
+    return torch.stack(
+        [row.index_select(0, o.to(x.device)) for row, o in zip(x, order, strict=True)]
+    )

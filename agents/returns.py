@@ -18,12 +18,12 @@ def generalised_advantages(
 ) -> np.ndarray:
     """Advantages [T, N] (float64) of a rollout of T steps on N lanes.
 
-    delta_t = r_t + gamma V(s_t+1) (1 - end_t) - V(s_t);  A_t = delta_t + gamma lambda (1 - end_t) A_t+1
+    delta_t = r_t + gamma V(s_t+1) (1 - end_t) - V(s_t)
+    A_t = delta_t + gamma lambda (1 - end_t) A_t+1
 
     Args:
-        rewards: [T, N]; where a time limit cut an episode, gamma V(final observation) is already added.
-        values: [T, N], V(s_t).
-        next_values: [N], V of the observation after the rollout.
+        rewards: [T, N]; where a time limit cut an episode, gamma V(final observation) is already
+        added. values: [T, N], V(s_t). next_values: [N], V of the observation after the rollout.
         ends: [T, N] bool, whether the episode ended at step t (terminated or truncated).
     """
     steps, lanes = rewards.shape
@@ -34,7 +34,8 @@ def generalised_advantages(
     delta = rewards + gamma * following * goes_on - values
     decay = gamma * gae_lambda * goes_on
     advantages = np.empty((steps, lanes), np.float64)
-    # The recursion is serial; plain floats are several times faster here than numpy rows of one or two lanes.
+    # The recursion is serial; plain floats are several times faster here than numpy rows of one or
+    # two lanes.
     for lane in range(lanes):
         deltas, decays = delta[:, lane].tolist(), decay[:, lane].tolist()
         last = 0.0

@@ -1,8 +1,8 @@
 """A run: its folder, the processes that train its seeds, and the parent that watches over them.
 
-The parent imports no torch: it owns the progress display, the signals and the lock of the run's folder, and
-starts one worker per group of seeds. On CPU that is one single-threaded process per core, each with its share
-of the seeds; on a GPU one process with all of them.
+The parent imports no torch: it owns the progress display, the signals and the lock of the run's
+folder, and starts one worker per group of seeds. On CPU that is one single-threaded process per
+core, each with its share of the seeds; on a GPU one process with all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from perennial.agents.lock import FolderLock
 from perennial.agents.progress import Progress
 
 _PACKAGES = ("perennial-rl", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3")
-_GRACE = 30.0  # seconds that workers get to finish their rollout after a second signal
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,27 @@ class Run:
         path = Path(path)
         try:
             record = json.loads((path / "config.json").read_text())
-            grouping = record["grouping"]
-            groups = tuple(tuple(int(s) for s in group) for group in grouping["groups"])
-            return cls(path, from_json(record), groups, int(grouping["threads"]), str(grouping["device"]))
+            placed = record["grouping"]
+            groups = tuple(tuple(int(s) for s in group) for group in placed["groups"])
+            return cls(
+                path, from_json(record), groups, int(placed["threads"]), str(placed["device"])
+            )
         except FileNotFoundError:
-            raise UsageError(f"{path} is no run: it has no config.json{_runs_below(path)}") from None
-        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise UsageError(
+                f"{path} is no run: it has no config.json{_runs_below(path)}"
+            ) from None
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+        ) as e:
             reason = f"{type(e).__name__}: {e}".replace("\n", " ")
-            raise UsageError(f"{path / 'config.json'} is not a run's configuration ({reason})") from None
+            raise UsageError(
+                f"{path / 'config.json'} is not a run's configuration ({reason})"
+            ) from None
 
     def write(self) -> None:
         """Write config.json: every option, the versions at work and how seeds are grouped."""
@@ -77,14 +89,16 @@ class Run:
 def train(config: Config, stream: TextIO | None = None) -> tuple[Run, int]:
     """Start a run in its own folder and see it through; returns the run and the exit status."""
     device = _device(config.device)
-    groups, threads = _grouping(config.seeds, device)
+    groups, threads = grouping(config.seeds, device)
     run = Run(_new_folder(config), config, groups, threads, device)
     with _held(run.path):
         run.write()
         return run, _supervise(run, stream or sys.stdout)
 
 
-def resume(path: str | os.PathLike[str], steps: int | None = None, stream: TextIO | None = None) -> int:
+def resume(
+    path: str | os.PathLike[str], steps: int | None = None, stream: TextIO | None = None
+) -> int:
     """Go on with a run from its newest good checkpoints, to `steps` env steps per seed if given."""
     run = Run.open(path)
     _device(run.device)
@@ -121,10 +135,12 @@ def _device(name: str) -> str:
         return "cuda"
     if name == "auto":
         return "cpu"
-    raise UsageError("device=cuda, but torch finds no CUDA device: use --device cpu, or a CUDA build of torch")
+    raise UsageError(
+        "device=cuda, but torch finds no CUDA device: use --device cpu, or a CUDA build of torch"
+    )
 
 
-def _grouping(seeds: tuple[int, ...], device: str) -> tuple[tuple[tuple[int, ...], ...], int]:
+def grouping(seeds: tuple[int, ...], device: str) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Which seeds train together in one process, and the threads of each process."""
     available = cores()
     processes = 1 if device == "cuda" else min(available, len(seeds))
@@ -143,7 +159,9 @@ def _new_folder(config: Config) -> Path:
         path = Path(config.run_dir)
     else:
         methods = "-".join((config.agent, *config.methods)) or config.agent
-        base = Path("runs") / config.env.replace("/", "-") / methods / time.strftime("%Y%m%d-%H%M%S")
+        base = (
+            Path("runs") / config.env.replace("/", "-") / methods / time.strftime("%Y%m%d-%H%M%S")
+        )
         path, again = base, 1
         while path.exists():
             again += 1
@@ -152,9 +170,13 @@ def _new_folder(config: Config) -> Path:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file: choose another --run-dir")
         if path.is_dir() and (path / "config.json").exists():
-            raise UsageError(f"{path} already holds a run: `perennial resume {path}`, or choose another --run-dir")
+            raise UsageError(
+                f"{path} holds a run: `perennial resume {path}`, or choose another --run-dir"
+            )
         if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
-            raise UsageError(f"{path} holds other files and no run: choose an empty or new --run-dir")
+            raise UsageError(
+                f"{path} holds other files and no run: choose an empty or new --run-dir"
+            )
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".lock"
         probe.touch()
@@ -180,23 +202,37 @@ def _held(path: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Worker:
+class Worker:
     """A child process with its group of seeds."""
 
-    def __init__(self, run: Run, seeds: tuple[int, ...], inbox: queue.SimpleQueue[tuple[_Worker, Any]]):
+    def __init__(
+        self, run: Run, seeds: tuple[int, ...], inbox: queue.SimpleQueue[tuple[Worker, Any]]
+    ):
         # One thread per matrix product, also in threads that torch does not know of.
-        single = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        single = {
+            name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        }
         self.seeds = seeds
         self.error: str | None = None
         self.seconds: dict[str, float] = {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "perennial.agents.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **single},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **single},
         )
-        self.tell(json.dumps({
-            "config": to_json(run.config), "run_dir": str(run.path), "seeds": seeds,
-            "device": run.device, "threads": run.threads,
-        }))
+        self.tell(
+            json.dumps(
+                {
+                    "config": to_json(run.config),
+                    "run_dir": str(run.path),
+                    "seeds": seeds,
+                    "device": run.device,
+                    "threads": run.threads,
+                }
+            )
+        )
         threading.Thread(target=self._listen, args=(inbox,), daemon=True).start()
 
     def tell(self, line: str) -> None:
@@ -206,7 +242,7 @@ class _Worker:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
-    def _listen(self, inbox: queue.SimpleQueue[tuple[_Worker, Any]]) -> None:
+    def _listen(self, inbox: queue.SimpleQueue[tuple[Worker, Any]]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             inbox.put((self, json.loads(line)))
@@ -218,15 +254,17 @@ def _supervise(run: Run, stream: TextIO) -> int:
     """Start the workers, show their progress, forward a stop; the exit status of the command."""
     print(f"run folder: {run.path}", file=stream)
     print(f"tensorboard --logdir {run.path} --reload_interval 10", file=stream, flush=True)
-    inbox: queue.SimpleQueue[tuple[_Worker, Any]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[Worker, Any]] = queue.SimpleQueue()
     stop = {"signal": 0}
 
     def on_signal(number: int, frame: Any) -> None:
         stop["signal"] = stop["signal"] or number
 
     in_main = threading.current_thread() is threading.main_thread()
-    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
-    workers = [_Worker(run, group, inbox) for group in run.groups]
+    previous = (
+        {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    )
+    workers = [Worker(run, group, inbox) for group in run.groups]
     running, told, errors, usage = set(workers), False, [], False
     try:
         with Progress(run.config.steps, run.config.seeds, stream) as progress:
@@ -261,7 +299,10 @@ def _supervise(run: Run, stream: TextIO) -> int:
             signal.signal(number, handler)
     for seeds, error in errors:
         names = ",".join(map(str, seeds))
-        print(f"error: seeds {names}: {error}" if len(run.groups) > 1 else f"error: {error}", file=sys.stderr)
+        print(
+            f"error: seeds {names}: {error}" if len(run.groups) > 1 else f"error: {error}",
+            file=sys.stderr,
+        )
     if errors:
         return 2 if usage else 1
     if stop["signal"]:

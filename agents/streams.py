@@ -1,7 +1,7 @@
 """Random streams named by (seed, purpose): the same numbers whatever runs beside them.
 
-Every draw of an agent comes from a CPU generator of its own seed and purpose, so a run does not depend on
-the device, on the other seeds of its group, or on how often another purpose draws.
+Every draw of an agent comes from a CPU generator of its own seed and purpose, so a run does not
+depend on the device, on the other seeds of its group, or on how often another purpose draws.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def entropy(seed: int, purpose: str) -> np.random.SeedSequence:
-    """The root of one stream: mixes the seed with the purpose's name (CRC-32, stable across versions)."""
+    """The root of one stream: the seed mixed with the purpose's name (CRC-32)."""
     return np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])
 
 
@@ -50,7 +50,9 @@ class Streams:
 
     def permutations(self, n: int, count: int) -> np.ndarray:
         """`count` permutations of range(n) per seed, int64 [S, count, n]."""
-        return np.stack([np.stack([g.permutation(n) for _ in range(count)]) for g in self.generators])
+        return np.stack(
+            [np.stack([g.permutation(n) for _ in range(count)]) for g in self.generators]
+        )
 
     def state(self, copy: int) -> dict[str, Any]:
         """Bit generator state of one seed: plain integers."""

@@ -1,8 +1,8 @@
 """One process of a run: trains a group of seeds and talks to its parent in JSON lines.
 
-Started by `run.py` as `python -m perennial.agents.worker`; the first line on standard input says what to do,
-a later line `stop` asks for a checkpoint and an end. When the parent dies, standard input closes and the worker
-ends at once, so a killed run leaves no second writer behind.
+Started by `run.py` as `python -m perennial.agents.worker`; the first line on standard input says
+what to do, a later line `stop` asks for a checkpoint and an end. When the parent dies, standard
+input closes and the worker ends at once, so a killed run leaves no second writer behind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _STOP = threading.Event()
 def main() -> int:
     """Run the job on standard input; 0 done or stopped, 1 failed, 2 a mistake of the user's."""
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints of libraries must not mix with messages
+    os.dup2(
+        sys.stderr.fileno(), sys.stdout.fileno()
+    )  # prints of libraries must not mix with messages
     job = json.loads(sys.stdin.readline())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _STOP.set())
@@ -62,8 +64,13 @@ def _train(job: dict[str, Any], messages: TextIO) -> int:
 
         try:
             seconds = train_group(
-                from_json(job["config"]), seeds, run_dir, device=job["device"], threads=job["threads"],
-                report=report, stopping=_STOP.is_set,
+                from_json(job["config"]),
+                seeds,
+                run_dir,
+                device=job["device"],
+                threads=job["threads"],
+                report=report,
+                stopping=_STOP.is_set,
             )
         except (ValueError, TrainingError, OSError) as e:
             _keep_traceback(run_dir / f"seed-{seeds[0]}")
@@ -73,7 +80,12 @@ def _train(job: dict[str, Any], messages: TextIO) -> int:
         return 0
     except Exception as e:
         path = _keep_traceback(run_dir / f"seed-{seeds[0]}")
-        report({"error": f"{type(e).__name__}: {e} (details in {path})".replace("\n", " "), "usage": False})
+        report(
+            {
+                "error": f"{type(e).__name__}: {e} (details in {path})".replace("\n", " "),
+                "usage": False,
+            }
+        )
         return 1
     finally:
         for lock in locks:

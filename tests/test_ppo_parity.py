@@ -16,14 +16,21 @@ STEPS, ENVS, BATCH = 128, 2, 32
 OPTIONS = {
     "plain": {},
     "value clipping, entropy, batch norm off": {
-        "clip_range_vf": 0.05, "ent_coef": 0.01, "advantage_norm": "none", "max_grad_norm": 0.1,
+        "clip_range_vf": 0.05,
+        "ent_coef": 0.01,
+        "advantage_norm": "none",
+        "max_grad_norm": 0.1,
     },
     "kl stop": {"target_kl": 0.003, "learning_rate": 1e-3},
     "linear rate, tanh": {"lr_schedule": "linear", "activation": "tanh", "clip_range": 0.05},
 }
 NAMES = {
-    "policy.0": "mlp_extractor.policy_net.0", "policy.2": "mlp_extractor.policy_net.2", "policy.4": "action_net",
-    "value.0": "mlp_extractor.value_net.0", "value.2": "mlp_extractor.value_net.2", "value.4": "value_net",
+    "policy.0": "mlp_extractor.policy_net.0",
+    "policy.2": "mlp_extractor.policy_net.2",
+    "policy.4": "action_net",
+    "value.0": "mlp_extractor.value_net.0",
+    "value.2": "mlp_extractor.value_net.2",
+    "value.4": "value_net",
 }
 
 
@@ -36,21 +43,39 @@ def sb3_name(name: str) -> str:
 
 def pair(options: dict, dtype: torch.dtype):
     """SB3's PPO with a filled rollout buffer, and ours with the same weights."""
-    config = build_config("ppo", given={
-        "env": "Pendulum-v1", "n_steps": STEPS, "num_envs": ENVS, "batch_size": BATCH, "net_arch": (64, 64),
-        "steps": 10_000, **options,
-    })
+    config = build_config(
+        "ppo",
+        given={
+            "env": "Pendulum-v1",
+            "n_steps": STEPS,
+            "num_envs": ENVS,
+            "batch_size": BATCH,
+            "net_arch": (64, 64),
+            "steps": 10_000,
+            **options,
+        },
+    )
     activation = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[config.activation]
     rate = config.learning_rate
     theirs = stable_baselines3.PPO(
         "MlpPolicy",
         stable_baselines3.common.env_util.make_vec_env("Pendulum-v1", ENVS, seed=0),
         learning_rate=(lambda left: rate * left) if config.lr_schedule == "linear" else rate,
-        n_steps=STEPS, batch_size=BATCH, n_epochs=config.n_epochs, gamma=config.gamma,
-        gae_lambda=config.gae_lambda, clip_range=config.clip_range, clip_range_vf=config.clip_range_vf,
-        normalize_advantage=config.advantage_norm == "minibatch", ent_coef=config.ent_coef,
-        vf_coef=config.vf_coef, max_grad_norm=config.max_grad_norm, target_kl=config.target_kl, seed=0,
-        policy_kwargs={"net_arch": [64, 64], "activation_fn": activation}, device="cpu",
+        n_steps=STEPS,
+        batch_size=BATCH,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        clip_range_vf=config.clip_range_vf,
+        normalize_advantage=config.advantage_norm == "minibatch",
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+        max_grad_norm=config.max_grad_norm,
+        target_kl=config.target_kl,
+        seed=0,
+        policy_kwargs={"net_arch": [64, 64], "activation_fn": activation},
+        device="cpu",
     )
     theirs.policy.to(dtype)
     _, callback = theirs._setup_learn(10_000)
@@ -58,7 +83,11 @@ def pair(options: dict, dtype: torch.dtype):
     assert theirs.collect_rollouts(theirs.env, callback, theirs.rollout_buffer, STEPS)
     theirs._update_current_progress_remaining(STEPS * ENVS, 10_000)
     ours = PPO(
-        config, theirs.observation_space, theirs.action_space, seeds=(0,), dtype=dtype  # type: ignore[arg-type]
+        config,
+        theirs.observation_space,
+        theirs.action_space,
+        seeds=(0,),
+        dtype=dtype,  # type: ignore[arg-type]
     )
     weights = theirs.policy.state_dict()
     with torch.no_grad():
@@ -93,9 +122,19 @@ def compare(theirs, ours, losses, logged, tolerance: float) -> None:
     for name, parameter in ours.net.named_parameters():
         expected = weights[sb3_name(name)]
         assert (parameter[0] - expected).abs().max().item() <= tolerance, name
-    for key in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss", "std",
-                "learning_rate"):
-        assert losses[key][0] == pytest.approx(logged[f"train/{key}"], abs=max(tolerance, 1e-12)), key
+    for key in (
+        "policy_gradient_loss",
+        "value_loss",
+        "entropy_loss",
+        "approx_kl",
+        "clip_fraction",
+        "loss",
+        "std",
+        "learning_rate",
+    ):
+        assert losses[key][0] == pytest.approx(logged[f"train/{key}"], abs=max(tolerance, 1e-12)), (
+            key
+        )
 
 
 @pytest.fixture
@@ -108,7 +147,8 @@ def double_sb3(monkeypatch):
 
     monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", doubled)
     monkeypatch.setattr(
-        RolloutBuffer, "to_torch",
+        RolloutBuffer,
+        "to_torch",
         lambda self, array, copy=True: torch.as_tensor(np.array(array)).double(),
     )
 
@@ -131,14 +171,26 @@ def test_update_equals_sb3_in_float32(options):
 def test_advantages_equal_sb3():
     """GAE over ends of episodes, against SB3's buffer."""
     rng = np.random.default_rng(0)
-    buffer = RolloutBuffer(50, gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,)), n_envs=3,
-                           gamma=0.97, gae_lambda=0.9)
+    buffer = RolloutBuffer(
+        50,
+        gym.spaces.Box(-1, 1, (1,)),
+        gym.spaces.Box(-1, 1, (1,)),
+        n_envs=3,
+        gamma=0.97,
+        gae_lambda=0.9,
+    )
     rewards, values = rng.normal(size=(2, 50, 3)).astype(np.float32)
     ends = rng.random((50, 3)) < 0.1
     starts = np.concatenate([np.ones((1, 3), bool), ends[:-1]])
     for t in range(50):
-        buffer.add(np.zeros((3, 1)), np.zeros((3, 1)), rewards[t], starts[t],
-                   torch.from_numpy(values[t]), torch.zeros(3))
+        buffer.add(
+            np.zeros((3, 1)),
+            np.zeros((3, 1)),
+            rewards[t],
+            starts[t],
+            torch.from_numpy(values[t]),
+            torch.zeros(3),
+        )
     last = rng.normal(size=3).astype(np.float32)
     buffer.compute_returns_and_advantage(torch.from_numpy(last), ends[-1])
     from perennial.agents.returns import generalised_advantages

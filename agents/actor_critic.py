@@ -1,0 +1,51 @@
+"""The networks of PPO, and what of a configuration shapes them."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+from torch import Tensor, nn
+
+from perennial.agents.config import EQUAL_BETAS, PPOConfig
+from perennial.agents.distributions import Gaussian
+from perennial.agents.networks import MLP
+from perennial.agents.streams import torch_generator
+from perennial.plasticity.copies import Init
+
+
+class ActorCritic(nn.Module):
+    """Separate policy and value networks and the action distribution, for S seeds."""
+
+    def __init__(self, config: PPOConfig, n_obs: int, n_act: int, seeds: tuple[int, ...]):
+        super().__init__()
+        generators = [torch_generator(s, "init") for s in seeds]
+        if config.init == "orthogonal":  # SB3's gains
+            hidden, policy_out, value_out = (Init("orthogonal", g) for g in (2**0.5, 0.01, 1.0))
+        else:
+            hidden = policy_out = value_out = Init("lecun-uniform")
+        copies, arch, activation = len(seeds), config.net_arch, config.activation
+        self.policy = MLP(copies, (n_obs, *arch, n_act), activation, hidden, policy_out, generators)
+        self.value = MLP(copies, (n_obs, *arch, 1), activation, hidden, value_out, generators)
+        self.distribution = Gaussian(copies, n_act, config.log_std_init)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Means [S, B, A] and values [S, B, 1] of observations [S, B, D]."""
+        return self.policy(observations), self.value(observations)
+
+
+def interventions(config: PPOConfig) -> list[str]:
+    """The specs that act on the network; sugar for optimizer options is resolved in the config."""
+    return [spec for spec in config.plasticity if spec.partition(":")[0] != EQUAL_BETAS]
+
+
+def sizes(
+    config: PPOConfig, observation_space: gym.Space, action_space: gym.Space
+) -> tuple[int, int]:
+    """Widths of observation and action; one line for spaces that PPO cannot use."""
+    for name, space in (("observation", observation_space), ("action", action_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"ppo needs a flat Box {name} space; {config.env} has {space}: choose another env"
+            )
+    shapes = observation_space.shape, action_space.shape
+    return int(np.prod(shapes[0] or ())), int(np.prod(shapes[1] or ()))

@@ -1,0 +1,92 @@
+"""The written-out passes and gradients against autograd, loop against batch."""
+
+import pytest
+import torch
+
+from perennial.agents.distributions import Gaussian, surrogate_losses, value_gradient
+from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
+from perennial.agents.streams import Streams, torch_generator
+from perennial.plasticity.copies import Init
+
+
+def network(seeds, activation="relu"):
+    generators = [torch_generator(s, "init") for s in seeds]
+    init = Init("orthogonal", 2**0.5)
+    return MLP(len(seeds), (5, 16, 12, 3), activation, init, init, generators).double()
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_written_out_passes_equal_autograd(copies, activation):
+    net = network(range(copies), activation)
+    x, gradient = torch.randn(copies, 7, 5).double(), torch.randn(copies, 7, 3).double()
+    seen = []
+    fast = passes(net)
+    assert isinstance(fast, WrittenOut)
+    for _ in range(2):  # buffers are reused: nothing may be left over from the first time
+        out = fast.forward(x, lambda layer, inputs: seen.append((layer, inputs.clone()))).clone()
+        fast.backward(gradient)
+    ours = {name: p.grad.clone() for name, p in net.named_parameters()}
+    slow = Autograd(net)
+    assert torch.allclose(slow.forward(x, None), out, atol=1e-12)
+    slow.backward(gradient)
+    for name, p in net.named_parameters():
+        assert torch.allclose(p.grad, ours[name], atol=1e-12), name
+    assert [layer for layer, _ in seen[:3]] == [net[0], net[2], net[4]]
+    assert torch.equal(seen[0][1], x) and seen[2][1].shape == (copies, 7, 12)
+
+
+def test_other_networks_use_autograd():
+    net = network([0])
+    net.insert(1, torch.nn.LayerNorm(16).double())
+    assert isinstance(passes(net), Autograd)
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.03])
+def test_gaussian_gradients_equal_autograd(ent_coef):
+    torch.manual_seed(0)
+    head = Gaussian(2, 3, -0.3).double()
+    mean = torch.randn(2, 40, 3).double().requires_grad_()
+    actions, advantages = torch.randn(2, 40, 3).double(), torch.randn(2, 40).double()
+    normal = torch.distributions.Normal(mean, head.log_std.exp()[:, None])
+    log_prob = normal.log_prob(actions).sum(-1)
+    old = log_prob.detach() + 0.3 * torch.randn(2, 40).double()
+    ratio = (log_prob - old).exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean(-1)
+    entropy = normal.entropy().sum(-1).mean(-1)
+    d_mean, d_log_std = torch.autograd.grad((loss - ent_coef * entropy).sum(), [mean, head.log_std])
+    step = head.surrogate(mean.detach(), actions, old, advantages, 0.2, ent_coef)
+    assert torch.allclose(step.d_output, d_mean, atol=1e-14)
+    assert torch.allclose(head.log_std.grad, d_log_std, atol=1e-14)
+    parts = surrogate_losses(step.log_ratio, advantages, 0.2)
+    assert torch.allclose(parts["policy_gradient_loss"], loss, atol=1e-14)
+    assert torch.allclose(head.entropy(mean), entropy, atol=1e-14)
+    outside = (ratio < 0.8) | (ratio > 1.2)
+    assert torch.allclose(parts["clip_fraction"], outside.double().mean(-1))
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_value_gradient_equals_autograd(clip):
+    torch.manual_seed(0)
+    values = torch.randn(2, 30).double().requires_grad_()
+    returns, old = torch.randn(2, 30).double(), values.detach() + 0.2 * torch.randn(2, 30).double()
+    predicted = values if clip is None else old + (values - old).clamp(-clip, clip)
+    loss = (returns - predicted).square().mean(-1)
+    (expected,) = torch.autograd.grad(0.5 * loss.sum(), values)
+    residual, gradient = value_gradient(values.detach(), returns, old, clip, 0.5)
+    assert torch.allclose(gradient, expected, atol=1e-14)
+    assert torch.allclose(residual.square().mean(-1), loss, atol=1e-14)
+
+
+def test_streams_do_not_depend_on_company():
+    alone, together = Streams([7], "action"), Streams([3, 7], "action")
+    assert (alone.normal(5, 2)[0] == together.normal(5, 2)[1]).all()
+    assert (alone.permutations(9, 2)[0] == together.permutations(9, 2)[1]).all()
+    assert (alone.normal(5) != Streams([7], "minibatch").normal(5)).any()
+    state = together.state(1)
+    expected = together.uniform(4)[1]
+    other = Streams([7], "action")
+    other.load_state(0, state)
+    assert (other.uniform(4)[0] == expected).all()
+    a, b = network([7]), network([3, 7])
+    assert all(torch.equal(p[0], q[1]) for p, q in zip(a.parameters(), b.parameters(), strict=True))
