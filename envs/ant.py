@@ -15,7 +15,7 @@ import numpy as np
 from mujoco import mj_rnePostConstraint, mj_step
 from numpy.typing import NDArray
 
-from perennial.envs.threads import LaneThreads
+from perennial.envs.threads import JobThreads
 
 FRAME_SKIP = 5
 TIME_STEP = 0.01 * FRAME_SKIP  # seconds per env step
@@ -61,7 +61,7 @@ class AntLanes:
         self._observation = observation
         self._contact_cost = contact_cost
         self._needs_forces = contact_cost or observation == "v5"
-        self._threads = LaneThreads(min(threads, num)) if min(threads, num) > 1 else None
+        self._threads = JobThreads(min(threads, num)) if min(threads, num) > 1 else None
         self._init_qpos = self.datas[0].qpos.copy()
         self._init_qvel = self.datas[0].qvel.copy()
         # Live views into each lane's data: attribute access on MjData costs more than the copies.
@@ -119,9 +119,9 @@ class AntLanes:
         self.torso_before = self.torso[:]
         if self._threads is None:
             for lane in range(num):
-                self._simulate(lane)
+                self._simulate(lane, FRAME_SKIP)
         else:
-            self._threads.run(self._simulate, num)
+            self._threads.run(self._simulate_part, range(num))
 
         # What is long goes through numpy for all lanes at once; the few numbers per lane are
         # quicker in plain Python than in a dozen numpy calls on short arrays.
@@ -146,10 +146,20 @@ class AntLanes:
             terminated.append(not healthy)
         return obs, rewards, terminated
 
-    def _simulate(self, lane: int) -> None:
+    def _simulate_part(self, job: int) -> int | None:
+        """The first substeps of lane `job`, or the last one of lane `job - num`."""
+        if job >= self.num:
+            self._simulate(job - self.num, 1)
+            return None
+        model, data, ctrl = self._views[job][:3]
+        ctrl[:] = self._actions[job]
+        mj_step(model, data, FRAME_SKIP - 1)
+        return job + self.num
+
+    def _simulate(self, lane: int, substeps: int) -> None:
         model, data, ctrl, pose, velocity, torso, forces = self._views[lane]
         ctrl[:] = self._actions[lane]
-        mj_step(model, data, FRAME_SKIP)
+        mj_step(model, data, substeps)
         if self._needs_forces:
             # The engine computes external forces only on demand.
             mj_rnePostConstraint(model, data)
