@@ -40,10 +40,10 @@ class Kind:
         if value is None:
             return self.word or "none"
         if isinstance(value, Mapping):
-            return " ".join(f"{key}={_spell(item)}" for key, item in value.items()) or "none"
+            return " ".join(f"{key}={spell(item)}" for key, item in value.items()) or "none"
         if self.many:
             return " ".join(value) or "none"
-        return _spell(value)
+        return spell(value)
 
 
 def option(group: str, kind: Kind, default: Any, help: str, *, hparam: bool = True) -> Any:
@@ -66,9 +66,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f" (available: {', '.join(names)})"
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A value as options and specs write it: 0.02,2 for a tuple, none, true, 1e-05."""
     if isinstance(value, tuple):
-        return ",".join(map(_spell, value))
+        return ",".join(map(spell, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

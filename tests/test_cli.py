@@ -60,7 +60,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ((*PPO, "--run-dir", "/dev/null/run"), "/dev/null/run"),
     ((*PPO, "--run-dir", "{foreign}"), "choose an empty or new"),
     ((*PPO, "--run-dir", "{foreign}/notes.txt"), "notes.txt is a file"),
-    ((*PPO, "--run-dir", "{run}"), "already holds a run"),
+    ((*PPO, "--run-dir", "{run}"), "holds a run"),
     (("resume",), "name the run's folder"),
     (("resume", "{foreign}"), "is no run: it has no config.json"),
     (("resume", "{foreign}/absent"), "is no run"),
