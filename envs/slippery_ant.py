@@ -28,6 +28,7 @@ from perennial.envs.state import generator_from_state
 
 ENV_ID = "perennial/SlipperyAnt-v0"
 RENDER_FPS = round(1.0 / TIME_STEP)
+FRAME_SIZE = 480  # pixels, both ways
 
 
 def make_clock(args: dict[str, Any], schedule_seed: int) -> Clock:
@@ -54,7 +55,8 @@ def make_renderer(lanes: AntLanes, lane: int) -> Any:
     from gymnasium.envs.mujoco.ant_v5 import DEFAULT_CAMERA_CONFIG
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-    return MujocoRenderer(lanes.models[lane], lanes.datas[lane], DEFAULT_CAMERA_CONFIG)
+    model, data = lanes.models[lane], lanes.datas[lane]
+    return MujocoRenderer(model, data, DEFAULT_CAMERA_CONFIG, FRAME_SIZE, FRAME_SIZE)
 
 
 def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ _DERIVED = (
     "cinert", "cvel", "cfrc_ext", "qfrc_actuator", "qfrc_constraint", "qacc", "subtree_com",
     "sensordata",
 )  # fmt: skip
-_SKIPPED_ATTRIBUTES = {"_np_random", "_np_random_seed", "spec", "metadata", "render_mode", "clock"}
+_SKIPPED_ATTRIBUTES = {"_np_random_seed", "render_mode", "fullpath"}  # of this process or machine
 _BIT_GENERATORS = {
     cls.__name__: cls
     for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64,
@@ -104,7 +104,8 @@ def restore(env: gym.Env[Any, Any], state: dict[str, Any]) -> Any | None:
         base.set_state(state["own"])
         return None
     for name, value in state["attributes"].items():
-        setattr(base, name, _unpacked(value))
+        if _is_plain(getattr(base, name, None)):  # not over a screen that is open here
+            setattr(base, name, _unpacked(value))
     if state["kind"] == "mujoco":
         _restore_mujoco(base, state["mujoco"])
     return None
