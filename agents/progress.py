@@ -62,7 +62,7 @@ class Progress:
             print(self.line(), file=self.stream, flush=True)
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """Take a seed's report: seed, env_steps, task, return (None before an episode's end), fps."""
+        """Take a seed's report: seed, env_steps, task, return (None: no episode ended yet), fps."""
         self._latest[message["seed"]] = message
         if self._bar is not None:
             self._bar.update(
