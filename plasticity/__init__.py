@@ -7,16 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perennial.plasticity.adam import BatchedAdam as BatchedAdam
+    from perennial.plasticity.base import Handle as Handle
+    from perennial.plasticity.base import Intervention as Intervention
+    from perennial.plasticity.base import Stage as Stage
+    from perennial.plasticity.base import attach as attach
+    from perennial.plasticity.continual_backprop import ContinualBackprop as ContinualBackprop
     from perennial.plasticity.copies import BatchedLinear as BatchedLinear
     from perennial.plasticity.copies import Init as Init
+    from perennial.plasticity.optimizers import AdamEqualBetas as AdamEqualBetas
+    from perennial.plasticity.probe import find_units as find_units
+    from perennial.plasticity.registry import make as make
+    from perennial.plasticity.registry import parse_spec as parse_spec
+    from perennial.plasticity.regularize import L2 as L2
+    from perennial.plasticity.units import Site as Site
+    from perennial.plasticity.units import Units as Units
 
 # name -> module: importing the package must not import torch (checking a command needs none)
 _EXPORTS = {
+    "AdamEqualBetas": "optimizers",
     "BatchedAdam": "adam",
     "BatchedLinear": "copies",
+    "ContinualBackprop": "continual_backprop",
+    "Handle": "base",
     "Init": "copies",
+    "Intervention": "base",
+    "L2": "regularize",
+    "Site": "units",
+    "Stage": "base",
+    "Units": "units",
+    "attach": "base",
+    "find_units": "probe",
+    "make": "registry",
+    "parse_spec": "registry",
 }
-_MODULES = ("registry",)
+_MODULES = ("metrics", "registry")
 
 __all__ = [*_EXPORTS, *_MODULES]
 

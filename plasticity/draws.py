@@ -1,0 +1,70 @@
+"""Random numbers of interventions: a pure function of (key, counter), the same on every device.
+
+A splitmix64-like hash (Steele, Lea & Flood 2014) in wrapping 64-bit integers, written twice with
+the
+same bits: for tensors and for the host's integers. Nothing is taken from any other random stream,
+a stream's whole state is its key and its counter, and nothing here stops a compiler or a CUDA
+graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 2**64 - 1
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as the unsigned 64-bit `x`."""
+    x &= _MASK
+    return x - 2**64 if x >= 2**63 else x
+
+
+def key_of(seed: int, purpose: str) -> int:
+    """The int64 key of the stream of (seed, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def fold(key: Tensor, word: Tensor | int) -> Tensor:
+    """A new key (or 64 random bits) from an int64 key and a counter; broadcasts."""
+    golden = _signed(_GOLDEN)
+    x = key + (_signed(word * _GOLDEN) if isinstance(word, int) else word * golden)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_FIRST)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_SECOND)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def fold_int(key: int, word: int) -> int:
+    """`fold` on the host: unsigned result with the same bits."""
+    x = (key + word * _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
+    return x ^ (x >> 31)
+
+
+def to_uniform(bits: Tensor) -> Tensor:
+    """Uniform float64 in [0, 1) from 64 random bits each."""
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def to_uniform_int(bits: int) -> float:
+    """`to_uniform` on the host: the same number."""
+    return (bits >> 11) * 2.0**-53
+
+
+def uniform(key: Tensor, count: int) -> Tensor:
+    """Uniform float64 numbers in [0, 1): key [S] -> [S, count]."""
+    words = torch.arange(1, count + 1, device=key.device)
+    return to_uniform(fold(key.unsqueeze(-1), words))
+
+
+def normal(key: Tensor, count: int) -> Tensor:
+    """Standard normal float64 numbers (Box & Muller): key [S] -> [S, count]."""
+    radius = (-2 * torch.log1p(-uniform(fold(key, 1), count))).sqrt()
+    return radius * torch.cos(2 * math.pi * uniform(fold(key, 2), count))

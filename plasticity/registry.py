@@ -1,0 +1,226 @@
+"""All plasticity methods by name: what they are, who wrote them, their parameters.
+
+Imports neither torch nor a method: a command is checked without them. A method's file is imported
+by `make`. Classes take their defaults from here through `default`; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perennial.plasticity.base import Intervention
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: its type is its default's. `low`, `high` are inclusive unless `open_low`."""
+
+    default: Value
+    help: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def range(self) -> str:
+        """What is allowed, in words."""
+        if self.choices:
+            return " | ".join(self.choices)
+        if isinstance(self.default, bool):
+            return "true | false"
+        low = "" if self.low is None else f"{'>' if self.open_low else '>='} {self.low:g}"
+        high = "" if self.high is None else f"<= {self.high:g}"
+        return " and ".join(part for part in (low, high) if part) or "any number"
+
+    def check(self, method: str, name: str, value: Any) -> Value:
+        """The value as the parameter's type; one line for anything else."""
+        wrong = ValueError(f"{method}: {name}={value} is not {self._kind()} ({self.range})")
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(
+                    f"{method}: {name}={value} is unknown{_nearest(str(value), self.choices)}"
+                )
+            return str(value)
+        if isinstance(self.default, bool):
+            words = {"true": True, "false": False}
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() not in words:
+                raise wrong
+            return words[str(value).lower()]
+        try:
+            number = float(value.replace("_", "") if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise wrong
+        if self.low is not None and (number <= self.low if self.open_low else number < self.low):
+            raise ValueError(f"{method}: {name}={value} must be {self.range}")
+        if self.high is not None and number > self.high:
+            raise ValueError(f"{method}: {name}={value} must be {self.range}")
+        if isinstance(self.default, int):
+            if number != int(number):
+                raise wrong
+            return int(number)
+        return number
+
+    def _kind(self) -> str:
+        if isinstance(self.default, bool):
+            return "a truth value"
+        return "a whole number" if isinstance(self.default, int) else "a number"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: where its class is, one line about it, its source, its parameters."""
+
+    name: str
+    module: str
+    cls: str
+    line: str
+    paper: str
+    params: Mapping[str, Param]
+
+
+_NATURE = "Dohare et al. 2024, Nature 632 (arXiv 2306.13812)"
+
+METHODS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "cbp",
+            "continual_backprop",
+            "ContinualBackprop",
+            "continual backprop: a few least useful mature units start anew, every step",
+            _NATURE,
+            {
+                "rate": Param(1e-4, "units replaced per eligible unit and step", 0.0, 1.0),
+                "maturity": Param(10_000, "steps before a unit may be replaced", 0),
+                "decay": Param(0.99, "of the running utility and mean activation", 0.0, 0.999999),
+                "utility": Param(
+                    "contribution",
+                    "what a unit is worth",
+                    choices=(
+                        "contribution",
+                        "mean-corrected",
+                        "adaptable",
+                        "adaptation",
+                        "weight",
+                        "random",
+                    ),
+                ),
+                "reference": Param(
+                    "exact",
+                    "nature: as the published code (no bias compensation, Adam untouched, whole "
+                    "part of the expected count only when it is 1 or more)",
+                    choices=("exact", "nature"),
+                ),
+                "count": Param(
+                    "bernoulli",
+                    "fractional counts: a coin per step, or accumulated",
+                    choices=("bernoulli", "accumulate"),
+                ),
+                "moments": Param(
+                    "exact",
+                    "Adam's averages of new units: stepped as newborn, or only zeroed",
+                    choices=("exact", "zero"),
+                ),
+            },
+        ),
+        Entry(
+            "l2",
+            "regularize",
+            "L2",
+            "coupled L2 penalty: strength times the weight joins its gradient",
+            "Loshchilov & Hutter 2019 (arXiv 1711.05101); Nature 632",
+            {
+                "strength": Param(1e-3, "gradient per weight", 0.0),
+                "scope": Param(
+                    "all",
+                    "all parameters of the optimizer (the published runs), or weight matrices only",
+                    choices=("all", "weights"),
+                ),
+            },
+        ),
+        Entry(
+            "adam-equal-betas",
+            "optimizers",
+            "AdamEqualBetas",
+            "Adam whose two averages forget equally fast: its step never exceeds the rate",
+            "Dohare, Lan & Mahmood 2023 (EWRL), Overcoming policy collapse",
+            {"beta": Param(0.99, "both betas", 0.0, 0.999999)},
+        ),
+    )
+}
+
+METRICS: dict[str, str] = {
+    "dormant_fraction": "share of units with mean |h| at most 0.025 of their layer's average",
+    "dormant_fraction_0": "the same with threshold 0",
+    "dormant_fraction_0.1": "the same with threshold 0.1",
+    "dead_fraction": "share of units that are exactly 0 on every row",
+    "effective_rank": "exp of the entropy of the features' normalised singular values",
+    "stable_rank": "squared Frobenius norm over the squared largest singular value",
+    "approximate_rank": "fewest singular values with 99 % of the sum of squares",
+    "weight_norm": "Frobenius norm of the weight matrix",
+    "weight_magnitude": "mean |weight|, biases left out",
+    "gradient_norm": "L2 norm of the latest gradient of the weight matrix",
+}
+
+
+def default(method: str, parameter: str) -> Any:
+    """A parameter's default, for the signature of the class."""
+    return METHODS[method].params[parameter].default
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
+    """`"cbp:rate=1e-4,maturity=10_000"` -> `("cbp", {"rate": 0.0001, "maturity": 10000})`.
+
+    Raises:
+        ValueError: one line; the nearest name for a typo, the range for a wrong value.
+    """
+    name, colon, rest = spec.strip().partition(":")
+    name = name.strip()
+    if name not in METHODS:
+        raise ValueError(f"unknown plasticity method {name!r}{_nearest(name, METHODS)}")
+    given: dict[str, Any] = {}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"{name}: cannot read {part!r}; write {name}:parameter=value,...")
+        if key in given:
+            raise ValueError(f"{name}: {key} is given twice")
+        given[key] = value
+    return name, check(name, given)
+
+
+def check(name: str, given: Mapping[str, Any]) -> dict[str, Value]:
+    """Validated parameters of a known method."""
+    params = METHODS[name].params
+    for key in given:
+        if key not in params:
+            raise ValueError(f"{name}: unknown parameter {key!r}{_nearest(key, params)}")
+    return {key: params[key].check(name, key, value) for key, value in given.items()}
+
+
+def make(spec: str) -> Intervention:
+    """The method that a spec names: `make("cbp:rate=1e-3")`."""
+    name, parameters = parse_spec(spec)
+    entry = METHODS[name]
+    module = importlib.import_module(f"perennial.plasticity.{entry.module}")
+    made: Intervention = getattr(module, entry.cls)(**parameters)
+    return made
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(known)})"

@@ -1,0 +1,276 @@
+"""Hidden units and their wiring: which weights lead into a unit, which lead out of it.
+
+`find_units` (probe.py) makes them. Whatever the model, per-unit tensors carry the copies axis
+first: `[S, n]`, with S = 1 for ordinary modules. Units of all sites also stand side by side in one
+vector `[S, total]` (units.spans), so that per-unit bookkeeping costs one operation, not one per
+layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perennial.plasticity.copies import BatchedLinear, Init
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WEIGHTED = (nn.Linear, *CONVOLUTIONS, BatchedLinear)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear or convolutional layer: `name` in the model, `key` (`policy/0`) in tags."""
+
+    name: str
+    key: str
+    module: Any  # one of WEIGHTED
+
+    @property
+    def batched(self) -> bool:
+        """Whether weight and bias carry the copies axis."""
+        return isinstance(self.module, BatchedLinear)
+
+    @property
+    def net(self) -> str:
+        return self.key.rpartition("/")[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """`[S, out, in]`, convolutions `[S, out, in, *kernel]`: a view that may be written to."""
+        weight: Tensor = self.module.weight.detach()
+        return weight if self.batched else weight.unsqueeze(0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[S, out]`, a view that may be written to; None where there is none."""
+        bias: Tensor | None = self.module.bias
+        if bias is None:
+            return None
+        return bias.detach() if self.batched else bias.detach().unsqueeze(0)
+
+    @property
+    def fan_in(self) -> int:
+        return self.weight[0, 0].numel()
+
+    @property
+    def fan_out(self) -> int:
+        shape = self.weight.shape
+        return shape[1] * (self.weight[0, 0, 0].numel() if len(shape) > 3 else 1)
+
+    @property
+    def init(self) -> Init:
+        """How it was drawn: as the layer says (`layer.init`), else as torch draws by default."""
+        init = getattr(self.module, "init", None)
+        return init if isinstance(init, Init) else Init("torch-default", bias="torch-default")
+
+
+class Columns:
+    """Which input features of a consumer belong to each unit: a table `[n, k]`.
+
+    k = 1 for plain layers, H*W for a channel that is flattened, 2 for CReLU. Regular tables are
+    kept as (offset, strides), so that gathering is a view.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table  # int64 [n, k]
+        self.n, self.k = table.shape
+        self.offset = int(table.min())
+        ramp = torch.arange(self.n * self.k, device=table.device) + self.offset
+        self.blocks = bool((table == ramp.view(self.n, self.k)).all())
+        self.stripes = bool((table == ramp.view(self.k, self.n).t()).all())
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Features `[..., in]` -> `[..., n, k]`, a view where the table is regular."""
+        if self.blocks or self.stripes:
+            if x.shape[-1] != self.n * self.k:
+                x = x.narrow(-1, self.offset, self.n * self.k)
+            if self.k == 1:
+                return x.unsqueeze(-1)
+            if self.blocks:
+                return x.unflatten(-1, (self.n, self.k))
+            return x.unflatten(-1, (self.k, self.n)).transpose(-1, -2)
+        return x[..., self.table.to(x.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads the units, and where."""
+
+    layer: Layer
+    columns: Columns
+
+
+@dataclass(eq=False)
+class Site:
+    """One hidden layer's units: producer, optional norms on the way, every consumer.
+
+    Attributes:
+        producer: layer whose rows are the units' incoming weights.
+        consumers: layers that read them; activations are the input of the first.
+        norms: normalisation modules with one gain and offset per unit.
+        nonnegative: activations come out of an `nn.ReLU` and the like, so |h| = h.
+        obstacle: why units here cannot be recycled (a residual stream, say); "" when they can.
+        raw: input of the first consumer in the latest training forward, as it came.
+    """
+
+    producer: Layer
+    consumers: list[Consumer]
+    norms: list[nn.Module] = field(default_factory=list)
+    nonnegative: bool = False
+    obstacle: str = ""
+    raw: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.producer.name
+
+    @property
+    def key(self) -> str:
+        return self.producer.key
+
+    @property
+    def net(self) -> str:
+        return self.producer.net
+
+    @property
+    def n(self) -> int:
+        """Number of units."""
+        return self.producer.weight.shape[1]
+
+    @property
+    def columns(self) -> Columns:
+        return self.consumers[0].columns
+
+    @property
+    def features(self) -> Tensor:
+        """Latest training activations `[S, rows, n, k]`; rows = B, or B*H*W of a convolution."""
+        if self.raw is None:
+            raise ValueError(
+                f"no activations of {self.name!r} yet: run a training forward (gradients enabled) "
+                f"after find_units, or one inside units.recording()"
+            )
+        consumer, x = self.consumers[0], self.raw
+        if isinstance(consumer.layer.module, CONVOLUTIONS):
+            x = x.movedim(1, -1)
+        if not consumer.layer.batched:
+            x = x.unsqueeze(0)
+        if x.ndim > 3:
+            x = x.flatten(1, -2)
+        return consumer.columns.gather(x)
+
+    @property
+    def activation(self) -> Tensor:
+        """Latest training activations `[S, rows, n]`, after the nonlinearity; the k columns of a
+        unit (positions of a channel, halves of a CReLU) count as further rows."""
+        x = self.features
+        return x.squeeze(-1) if x.shape[-1] == 1 else x.transpose(-1, -2).flatten(1, 2)
+
+    def outgoing(self) -> Tensor:
+        """Mean |outgoing weight| of each unit over all consumers, per column: `[S, n, k]`."""
+        sums, rows = None, 0
+        for consumer in self.consumers:
+            weight = consumer.layer.weight.abs()
+            rows += weight.shape[1] * weight[0, 0, 0].numel()
+            weight = weight.flatten(3).sum(-1) if weight.ndim > 3 else weight
+            total = consumer.columns.gather(weight.sum(1))
+            # Consumers that read the units differently (a convolution and a flattened head).
+            if sums is not None and total.shape[-1] != sums.shape[-1]:
+                total, sums = total.mean(-1, keepdim=True), sums.mean(-1, keepdim=True)
+            sums = total if sums is None else sums + total
+        assert sums is not None
+        return (sums / rows).expand(-1, -1, self.columns.k)
+
+    def incoming(self) -> Tensor:
+        """Mean |incoming weight| of each unit: `[S, n]`."""
+        return self.producer.weight.abs().flatten(2).mean(-1)
+
+
+class Units:
+    """All sites of a model, and the recorder of their activations.
+
+    Iterating gives the sites; `spans` their places in vectors over all sites; `layers` also holds
+    the output layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], layers: Sequence[Layer], hooks: bool = True
+    ) -> None:
+        self.model, self.sites, self.layers = model, list(sites), list(layers)
+        self.copies = layers[0].weight.shape[0] if layers else 1
+        self.batched = any(layer.batched for layer in layers)
+        self.spans: list[slice] = []
+        self.total = 0
+        for site in sites:
+            self.spans.append(slice(self.total, self.total + site.n))
+            self.total += site.n
+        self._forced = False
+        self._readers: dict[nn.Module, list[Site]] = {}
+        for site in sites:
+            self._readers.setdefault(site.consumers[0].layer.module, []).append(site)
+        hook = _Recorder(self)
+        self._hooks = (
+            [module.register_forward_pre_hook(hook) for module in self._readers] if hooks else []
+        )
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].weight.device if self.layers else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].weight.dtype if self.layers else torch.get_default_dtype()
+
+    def record(self, layer: nn.Module, inputs: Tensor) -> None:
+        """Note `inputs` of `layer` in a training forward: what the hook does, for written-out
+        passes."""
+        for site in self._readers.get(layer, ()):
+            site.raw = inputs.detach() if inputs.requires_grad else inputs
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record also while gradients are off: `with torch.no_grad(), units.recording():
+        net(x)`."""
+        self._forced, before = True, self._forced
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def only(self, sites: Sequence[Site]) -> Units:
+        """Some of the sites, which go on being recorded by the hooks that exist."""
+        return Units(self.model, sites, self.layers, hooks=False)
+
+    def close(self) -> None:
+        """Remove the recording hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Recorder:
+    """The forward pre-hook. Copies of a model (target networks) keep it; it ignores their
+    layers."""
+
+    def __init__(self, units: Units | None = None) -> None:
+        self.units = units
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        units = self.units
+        if units is not None and inputs and (units._forced or torch.is_grad_enabled()):
+            units.record(module, inputs[0])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Recorder:
+        return _Recorder()
+
+    def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
+        return _Recorder, ()
