@@ -293,8 +293,7 @@ def _tile(example: Any, axis: int, rows: int) -> Any:
         index = torch.arange(rows, device=example.device) % example.shape[axis]
         return example.detach().index_select(axis, index)
     if isinstance(example, Mapping):
-        return type(example)({k: _tile(v, axis, rows) for k, v in example.items()})  # type:
-        ignore[call - arg]
+        return {key: _tile(value, axis, rows) for key, value in example.items()}
     if isinstance(example, tuple | list):
         return type(example)(_tile(v, axis, rows) for v in example)
     return example
