@@ -273,11 +273,11 @@ class PPO:
                     ]
                     if not any(active):
                         break
-                everyone = all(active)
+                moving = None if all(active) else active
                 self._clip()
-                self.handle.before_step()
-                self.optimizer.move(active=None if everyone else active)
-                self.handle.after_step(active=None if everyone else active)
+                self.handle.before_step(active=moving)
+                self.optimizer.move(active=moving)
+                self.handle.after_step(active=moving)
                 self.updates += 1
         return self._losses(log_ratios, weights, residuals, done, values, returns, rate)
 
