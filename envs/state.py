@@ -12,11 +12,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-# Wrappers that `gym.make` may put around an environment, with what they remember.
+# Wrappers that `gym.make(..., disable_env_checker=True)` may put around, with what they remember.
 _WRAPPER_MEMORY: dict[str, tuple[str, ...]] = {
     "TimeLimit": ("_elapsed_steps",),
     "OrderEnforcing": ("_has_reset", "_has_rendered"),
-    "PassiveEnvChecker": ("checked_reset", "checked_step", "checked_render"),
     "ClipAction": (),
     "RescaleAction": (),
     "RescaleObservation": (),

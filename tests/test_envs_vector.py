@@ -1,7 +1,6 @@
 """The native vector environment: lanes equal single environments, state goes on bit for bit."""
 
 import gc
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,33 +14,10 @@ from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 import perennial.envs  # noqa: F401
 from perennial.envs import make_vec
 from perennial.envs.schedules import LogUniform, Schedule
+from tests.states import through_files
 
 ENV_ID = "perennial/SlipperyAnt-v0"
 STEPS = 320
-
-
-def through_files(state: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """A state as a checkpoint keeps it: arrays apart, the rest as JSON text."""
-
-    def split(value: Any) -> Any:
-        if isinstance(value, dict):
-            assert all(isinstance(key, str) for key in value)
-            return {key: split(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [split(item) for item in value]
-        if isinstance(value, np.ndarray):
-            arrays[str(len(arrays))] = value.copy()
-            return {"array": str(len(arrays) - 1)}
-        return value
-
-    def join(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "array" in value:
-                return arrays[value["array"]]
-            return {key: join(item) for key, item in value.items()}
-        return [join(item) for item in value] if isinstance(value, list) else value
-
-    return join(json.loads(json.dumps(split(state))))
 
 
 def actions(num: int, steps: int = STEPS, seed: int = 0) -> np.ndarray:
