@@ -35,12 +35,12 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "dormant units": (f"{_NET}/dormant_fraction$",),
     "dormant units by layer": (f"{_NET}/[^/]+/dormant_fraction$",),
     "dead units": (f"{_NET}/dead_fraction$",),
-    "effective rank": (f"{_NET}/effective_rank$",),
-    "stable and approximate rank": (f"{_NET}/(stable|approximate)_rank$",),
-    "weight magnitude and norm": (f"{_NET}/weight_(magnitude|norm)$",),
+    "effective and approximate rank": (f"{_NET}/(effective|approximate)_rank$",),
+    "stable rank": (f"{_NET}/stable_rank$",),
+    "weight magnitude": (f"{_NET}/weight_magnitude$",),
+    "weight norm": (f"{_NET}/weight_norm$",),
     "gradient norm": (f"{_NET}/gradient_norm$",),
     "units reset": ("intervention/.*/units_reset$",),
-    "value loss and explained variance": ("train/(value_loss|explained_variance)$",),
 }
 # What the hparams table shows beside the options: tags, so that it holds the latest values.
 HPARAM_METRICS = (

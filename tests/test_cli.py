@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perennial.agents.cli import COMMANDS, main
 from perennial.agents.config import AGENTS, fields_of
+from perennial.agents.events import CHARTS, HPARAM_METRICS
 from perennial.agents.progress import Progress
 
 PPO = ("train", "ppo")
@@ -297,9 +300,9 @@ def test_progress_shows_a_bar_on_a_terminal() -> None:
 
 
 def test_train_resume_and_evaluate_by_command(tmp_path: Path) -> None:
-    small = ("--env", "Pendulum-v1", "--n-steps", "256", "--batch-size", "64", "--n-epochs", "1",
-             "--net-arch", "16", "--seeds", "2")  # fmt: skip
-    done = command(*PPO, *small, "--steps", "512", "--plasticity", "cbp", cwd=tmp_path)
+    small = "--n-steps 256 --batch-size 64 --n-epochs 1 --net-arch 16 --metrics-every 256".split()
+    words = [*small, "--steps", "512", "--seeds", "2", "--plasticity", "cbp"]
+    done = command(*PPO, *words, "--env-args", "change_every=200", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[:2]
     folder = Path(tmp_path, first.removeprefix("run folder: "))
@@ -310,6 +313,12 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-0", "seed-1"]
     done = command(*PPO, "--run-dir", str(folder), cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    accumulator = EventAccumulator(str(folder / "seed-1"))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    for chart, regexes in CHARTS.items():
+        assert any(re.match(regex, tag) for regex in regexes for tag in tags), chart
+    assert set(HPARAM_METRICS) <= set(tags)
     assert command("resume", str(folder), "--steps", "768", cwd=tmp_path).returncode == 0
     assert {path.name for path in folder.glob("seed-*/checkpoints/*")} >= {"768"}
     done = command("evaluate", str(folder), "--episodes", "1", cwd=tmp_path)
