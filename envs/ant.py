@@ -172,17 +172,13 @@ class AntLanes:
         self.torso[lane] = torso.tolist()
 
     def get_state(self, lane: int) -> dict[str, Any]:
-        """One lane's physics, from which `set_state` goes on bit for bit."""
+        """One lane's physics, but for its friction: `set_state` goes on bit for bit."""
         model, data = self.models[lane], self.datas[lane]
         physics = np.empty(mujoco.mj_stateSize(model, _INTEGRATION))
         mujoco.mj_getState(model, data, physics, _INTEGRATION)
         # The reward's velocity starts at the torso's place as the last step left it, which the
         # engine's own state does not hold.
-        return {
-            "physics": physics,
-            "torso": list(self.torso[lane]),
-            "friction": float(self._frictions[lane][0]),
-        }
+        return {"physics": physics, "torso": list(self.torso[lane])}
 
     def set_state(self, lane: int, state: dict[str, Any]) -> None:
         """Go on from a `get_state`; ValueError where it is of another model."""
@@ -191,10 +187,9 @@ class AntLanes:
         size = mujoco.mj_stateSize(model, _INTEGRATION)
         if physics.shape != (size,):
             raise ValueError(f"ant state has {physics.size} numbers, this MuJoCo's has {size}")
-        self.set_friction(lane, state["friction"])
         mujoco.mj_setState(model, data, physics, _INTEGRATION)
         mujoco.mj_forward(model, data)  # for whoever looks at or renders the data
-        mujoco.mj_setState(model, data, physics, _INTEGRATION)  # forward moved the warm start
+        mujoco.mj_setState(model, data, physics, _INTEGRATION)  # should it move the warm start
         self.torso[lane] = list(state["torso"])
 
     def close(self) -> None:
