@@ -17,7 +17,13 @@ from perennial.envs.specs import ENVS, block_size, check_args, check_env
 
 
 def make_vec(
-    env_id: str, num_envs: int, *, schedule_seeds: Sequence[int], threads: int = 1, **args: Any
+    env_id: str,
+    num_envs: int,
+    *,
+    schedule_seeds: Sequence[int],
+    threads: int = 1,
+    render_mode: str | None = None,
+    **args: Any,
 ) -> gym.vector.VectorEnv[Any, Any, Any]:
     """A vector environment of `num_envs` lanes, in equal blocks for the seeds.
 
@@ -26,6 +32,7 @@ def make_vec(
         num_envs: Lanes of all seeds together.
         schedule_seeds: One schedule per seed; how many there are says how many blocks.
         threads: Threads that step our own environments; foreign ones use one.
+        render_mode: "rgb_array" makes `render()` return one frame per lane.
         args: The environment's parameters, as values or as command line strings.
 
     Raises:
@@ -34,12 +41,12 @@ def make_vec(
     check_env(env_id)
     parsed = check_args(env_id, args)
     block_size(num_envs, len(schedule_seeds))
+    if render_mode is not None:  # many environments know no such argument
+        parsed["render_mode"] = render_mode
     if env_id not in ENVS:
         return ForeignVectorEnv(env_id, num_envs, len(schedule_seeds), parsed)
-    seeds = [int(seed) for seed in schedule_seeds]
-    return gym.make_vec(
-        env_id, num_envs=num_envs, schedule_seed=seeds, threads=threads, **parsed
-    ).unwrapped
+    parsed["schedule_seed"] = [int(seed) for seed in schedule_seeds]
+    return gym.make_vec(env_id, num_envs=num_envs, threads=threads, **parsed)
 
 
 class ForeignVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
