@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor, nn
 
-from perennial.agents.config import EQUAL_BETAS, PPOConfig
+from perennial.agents.config import PPOConfig
 from perennial.agents.distributions import Gaussian
 from perennial.agents.networks import MLP
 from perennial.agents.streams import torch_generator
@@ -31,11 +31,6 @@ class ActorCritic(nn.Module):
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Means [S, B, A] and values [S, B, 1] of observations [S, B, D]."""
         return self.policy(observations), self.value(observations)
-
-
-def interventions(config: PPOConfig) -> list[str]:
-    """The specs that act on the network; sugar for optimizer options is resolved in the config."""
-    return [spec for spec in config.plasticity if spec.partition(":")[0] != EQUAL_BETAS]
 
 
 def sizes(

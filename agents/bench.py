@@ -143,7 +143,7 @@ def _physics(lanes: int, threads: int) -> tuple[float, float]:
 
     from perennial.envs.vector import make_vec
 
-    args = {"friction": (1.0, 1.0)}
+    args: dict[str, Any] = {"friction": (1.0, 1.0)}
     envs = make_vec("perennial/SlipperyAnt-v0", lanes, schedule_seeds=(0,), threads=threads, **args)
     raw = make_vec("perennial/SlipperyAnt-v0", threads, schedule_seeds=(0,), **args)
     envs.reset(seed=0)

@@ -27,11 +27,6 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
     return z.square().sum(-1).mul(-0.5) - constant
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy [S] of a Gaussian with log standard deviations [S, A]."""
-    return log_std.sum(-1) + log_std.shape[-1] * (0.5 + _HALF_LOG_2PI)
-
-
 def ratio_gradient(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Gradient [S, B] of `-mean_B min(ratio A, clip(ratio) A)` by log probability."""
     ratio = log_ratio.exp()
@@ -42,13 +37,18 @@ def ratio_gradient(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> 
     return gain.mul_(gain <= clipped).mul_(-1.0 / advantages.shape[-1])
 
 
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """Schulman's estimate of KL(old, new), mean of (r - 1) - log r over the last axis."""
+    return (log_ratio.exp() - 1.0 - log_ratio).mean(-1)
+
+
 def surrogate_losses(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> dict[str, Tensor]:
     """Policy loss, approximate KL (r - 1 - log r) and clip fraction, reduced over the last axis."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return {
         "policy_gradient_loss": -torch.minimum(ratio * advantages, clipped * advantages).mean(-1),
-        "approx_kl": (ratio - 1.0 - log_ratio).mean(-1),
+        "approx_kl": approximate_kl(log_ratio),
         "clip_fraction": ((ratio - 1.0).abs() > clip_range).to(log_ratio.dtype).mean(-1),
     }
 
@@ -74,6 +74,7 @@ class SurrogateGradient(NamedTuple):
 
     log_ratio: Tensor  # [S, B], log(new / old probability)
     d_output: Tensor  # [S, B, n_out], gradient of the loss with respect to the network's output
+    entropy: Tensor  # [S], mean over the minibatch
 
 
 class Gaussian(nn.Module):
@@ -92,10 +93,6 @@ class Gaussian(nn.Module):
     def log_prob(self, output: Tensor, actions: Tensor) -> Tensor:
         """Log density [S, B] of the actions."""
         return gaussian_log_prob(output, self.log_std.detach(), actions)
-
-    def entropy(self, output: Tensor) -> Tensor:
-        """Mean entropy [S]; it does not depend on the means."""
-        return gaussian_entropy(self.log_std.detach())
 
     def surrogate(
         self,
@@ -124,4 +121,5 @@ class Gaussian(nn.Module):
             self.log_std.grad = d_log_std
         else:
             self.log_std.grad.copy_(d_log_std)
-        return SurrogateGradient(log_ratio, z.mul_(inverse_std).mul_(d_log_prob))
+        entropy = constant[:, 0] + 0.5 * self.size
+        return SurrogateGradient(log_ratio, z.mul_(inverse_std).mul_(d_log_prob), entropy)

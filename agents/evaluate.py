@@ -82,8 +82,10 @@ def evaluate(run: Run, episodes: int = 10, task: int | None = None) -> list[Eval
         held = {"task": played} if changes else {}
         envs = make_vec(config.env, 1, schedule_seeds=(seed,), **{**config.env_args, **held})
         # Other episodes than those of training: the lane after the last one's seed.
-        observations, _ = envs.reset(seed=environment_seeds(seed, config.num_envs + 1)[-1:])
-        returns, lengths, total, length = [], [], 0.0, 0
+        observations, _ = envs.reset(seed=environment_seeds(seed, config.num_envs + 1)[-1:])  # type: ignore[arg-type]
+        returns: list[float] = []
+        lengths: list[int] = []
+        total, length = 0.0, 0
         while len(returns) < episodes:
             actions = policy.act(observations)
             if config.clips_actions:

@@ -20,7 +20,7 @@ from perennial.envs.vector import make_vec
 from perennial.plasticity import metrics
 
 Report = Callable[[dict[str, Any]], None]
-AGENTS = {"ppo": PPO}
+AGENTS: dict[str, Any] = {"ppo": PPO}
 
 
 class TrainingError(RuntimeError):
@@ -100,7 +100,7 @@ class Group:
         found = newest_checkpoint(self.seed_dirs, warn=lambda text: report({"warning": text}))
         self.saved = found[0] if found else 0
         observations, _ = self.envs.reset(
-            seed=[lane for s in seeds for lane in environment_seeds(s, config.num_envs)]
+            seed=[x for s in seeds for x in environment_seeds(s, config.num_envs)]  # type: ignore[arg-type]
         )
         self.agent.start(observations)
         for copy, tree in enumerate(found[1] if found else []):

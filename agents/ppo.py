@@ -16,26 +16,38 @@ rounding).
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.agents.actor_critic import ActorCritic, interventions, sizes
+from perennial.agents.actor_critic import ActorCritic, sizes
 from perennial.agents.config import PPOConfig
-from perennial.agents.distributions import surrogate_losses, value_gradient
+from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
 from perennial.agents.episodes import Episodes
 from perennial.agents.networks import Acting, WrittenOut, passes
 from perennial.agents.normalize import Normalizer
-from perennial.agents.returns import generalised_advantages
+from perennial.agents.returns import explained_variance, generalised_advantages
 from perennial.agents.streams import Streams
+from perennial.agents.tally import Tally
 from perennial.plasticity import attach, find_units, make
 from perennial.plasticity.adam import BatchedAdam
 
 _PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
 _CHUNK = 4096  # rows of one value forward: bounds memory, costs nothing
+
+
+class Batch(NamedTuple):
+    """Transitions of S seeds, n each: a rollout or a minibatch of it."""
+
+    observations: Tensor  # [S, n, D], normalised
+    actions: Tensor  # [S, n, A]
+    log_prob: Tensor  # [S, n] of the actions, under the policy that acted
+    values: Tensor  # [S, n] of the value network that acted
+    advantages: Tensor  # [S, n]
+    returns: Tensor  # [S, n], targets of the value network
 
 
 class PPO:
@@ -64,7 +76,7 @@ class PPO:
             forward=self.net,
         )
         self.handle = attach(
-            [make(spec) for spec in interventions(config)],
+            [make(spec) for spec in config.interventions],
             self.units,
             self.optimizer,
             seeds=seeds,
@@ -90,7 +102,7 @@ class PPO:
         self.normalizer = Normalizer(
             len(seeds), n_obs, config.num_envs, config.norm_obs, config.norm_reward, config.gamma
         )
-        self.updates = 0  # minibatch steps per seed
+        self.updates = np.zeros(len(seeds), np.int64)  # minibatch steps
         lead = (len(seeds), config.n_steps, config.num_envs)
         self.observations = torch.zeros(*lead, n_obs, dtype=dtype)
         self.actions = torch.zeros(*lead, n_act, dtype=dtype)
@@ -183,7 +195,7 @@ class PPO:
     # ----------------------------------------------------------------------------------------
 
     def update(self, progress: float) -> dict[str, np.ndarray]:
-        """Learn from the rollout; returns `train/*` values [S]. `progress` of the run in [0, 1]."""
+        """Learn from the rollout at `progress` of the run in [0, 1]; `train/*` values [S]."""
         config, copies, lanes = self.config, len(self.seeds), self.config.num_envs
         steps, n = config.n_steps, config.n_steps * config.num_envs
         values = self.values(self.observations.reshape(copies, n, -1))
@@ -204,110 +216,69 @@ class PPO:
             self.outputs.reshape(copies, n, -1).to(self.device), actions.to(self.device)
         )
         order = torch.from_numpy(self.minibatch_order.permutations(n, config.n_epochs))
-        return self.learn(
-            self.observations.reshape(copies, n, -1),
-            actions,
-            log_prob,
-            values,
-            advantage,
-            order,
-            progress,
-        )
+        observations = self.observations.reshape(copies, n, -1)
+        batch = Batch(observations, actions, log_prob, values, advantage, advantage + values)
+        return self.learn(batch, order, progress)
 
-    def learn(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        log_prob: Tensor,
-        values: Tensor,
-        advantages: Tensor,
-        order: Tensor,
-        progress: float = 0.0,
-    ) -> dict[str, np.ndarray]:
-        """`n_epochs` passes over a rollout of n transitions per seed.
-
-        observations [S, n, D], actions [S, n, A], log_prob, values, advantages [S, n]; order [S,
-        epochs, n].
-        """
-        config, device, copies = self.config, self.device, len(self.seeds)
-        returns = advantages + values
-        batch, n = config.batch_size, advantages.shape[1]
-        minibatches = n // batch
+    def learn(self, batch: Batch, order: Tensor, progress: float = 0.0) -> dict[str, np.ndarray]:
+        """Passes over a rollout of n transitions per seed, in the order [S, n_epochs, n]."""
+        config, copies = self.config, len(self.seeds)
+        size, n = config.batch_size, order.shape[-1]
         rate = config.learning_rate * (1.0 - progress if config.lr_schedule == "linear" else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if config.advantage_norm == "batch":
-            advantages = _standardised(advantages)
-        data = [
-            x.to(device) for x in (observations, actions, log_prob, values, advantages, returns)
-        ]
-        log_ratios = torch.zeros(
-            config.n_epochs, copies, minibatches, batch, dtype=values.dtype, device=device
-        )
-        weights, residuals = torch.zeros_like(log_ratios), torch.zeros_like(log_ratios)
-        done = np.zeros(copies, np.int64)  # minibatches that each seed has seen
-        active = [True] * copies
+            batch = batch._replace(advantages=_standardised(batch.advantages))
+        batch = Batch(*(x.to(self.device) for x in batch))
+        tally = Tally(copies, config.n_epochs, n // size, size, batch.values)
+        active = [True] * copies  # a seed whose policy has moved too far stops for this update
         for epoch in range(config.n_epochs):
-            if not any(active):
-                break
-            obs, act, old, old_values, adv, ret = (_shuffled(x, order[:, epoch]) for x in data)
-            if config.advantage_norm == "minibatch" and batch > 1:
-                adv = _standardised(adv.view(copies, minibatches, batch)).view(copies, n)
-            weights[epoch] = adv.view(copies, minibatches, batch)
-            for k in range(minibatches):
-                rows = slice(k * batch, (k + 1) * batch)
-                log_ratio, residual = self._gradients(
-                    obs[:, rows],
-                    act[:, rows],
-                    old[:, rows],
-                    old_values[:, rows],
-                    adv[:, rows],
-                    ret[:, rows],
-                )
-                log_ratios[epoch, :, k], residuals[epoch, :, k] = log_ratio, residual
-                done += active
+            rows = Batch(*(_shuffled(x, order[:, epoch]) for x in batch))
+            if config.advantage_norm == "minibatch" and size > 1:
+                standard = _standardised(rows.advantages.view(copies, -1, size))
+                rows = rows._replace(advantages=standard.view(copies, n))
+            tally.start_epoch(rows.advantages)
+            for first in range(0, n, size):
+                minibatch = Batch(*(x[:, first : first + size] for x in rows))
+                step, residual = self._gradients(minibatch)
+                tally.add(step, residual, active)
                 if config.target_kl is not None:
-                    kl = (log_ratio.exp() - 1.0 - log_ratio).mean(-1).tolist()
-                    active = [
-                        a and x <= 1.5 * config.target_kl for a, x in zip(active, kl, strict=True)
-                    ]
+                    limit = 1.5 * config.target_kl
+                    kl = approximate_kl(step.log_ratio).tolist()
+                    active = [a and x <= limit for a, x in zip(active, kl, strict=True)]
                     if not any(active):
-                        break
+                        return self._losses(tally, batch, rate)
                 moving = None if all(active) else active
                 self._clip()
                 self.handle.before_step(active=moving)
                 self.optimizer.move(active=moving)
                 self.handle.after_step(active=moving)
-                self.updates += 1
-        return self._losses(log_ratios, weights, residuals, done, values, returns, rate)
+                self.updates += active
+        return self._losses(tally, batch, rate)
 
-    def _gradients(
-        self,
-        obs: Tensor,
-        actions: Tensor,
-        old_log_prob: Tensor,
-        old_values: Tensor,
-        advantages: Tensor,
-        returns: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Leave the loss' gradients in `.grad`; returns log ratios, value residuals [S, B]."""
+    def _gradients(self, batch: Batch) -> tuple[SurrogateGradient, Tensor]:
+        """Leave the loss' gradients in `.grad`; surrogate parts, value residuals [S, B]."""
         config = self.config
 
         def value_side() -> Tensor:
-            value = self.value_passes.forward(obs, self.record)[..., 0]
+            values = self.value_passes.forward(batch.observations, self.record)[..., 0]
             residual, gradient = value_gradient(
-                value, returns, old_values, config.clip_range_vf, config.vf_coef
+                values, batch.returns, batch.values, config.clip_range_vf, config.vf_coef
             )
             self.value_passes.backward(gradient[..., None])
             return residual
 
         aside = self.aside.submit(value_side) if self.aside is not None else None
-        output = self.policy_passes.forward(obs, self.record)
         step = self.net.distribution.surrogate(
-            output, actions, old_log_prob, advantages, config.clip_range, config.ent_coef
+            self.policy_passes.forward(batch.observations, self.record),
+            batch.actions,
+            batch.log_prob,
+            batch.advantages,
+            config.clip_range,
+            config.ent_coef,
         )
         self.policy_passes.backward(step.d_output)
-        return step.log_ratio, aside.result() if aside is not None else value_side()
+        return step, aside.result() if aside is not None else value_side()
 
     def _clip(self) -> None:
         """Scale each seed's gradients to a norm of at most max_grad_norm, over both networks."""
@@ -325,41 +296,17 @@ class PPO:
             for g in self.flat:
                 g.mul_(scale[..., None])
 
-    @torch.no_grad()
-    def _losses(
-        self,
-        log_ratios: Tensor,
-        weights: Tensor,
-        residuals: Tensor,
-        done: np.ndarray,
-        values: Tensor,
-        returns: Tensor,
-        rate: float,
-    ) -> dict[str, np.ndarray]:
-        """Averages over the minibatches that each seed has seen, under SB3's names."""
-        config = self.config
-        parts = surrogate_losses(log_ratios, weights, config.clip_range)
-        parts["value_loss"] = residuals.square().mean(-1)
-        averaged: dict[str, np.ndarray] = {}
-        last: dict[str, np.ndarray] = {}
-        for name, part in parts.items():
-            table = part.transpose(0, 1).reshape(len(self.seeds), -1).cpu().double().numpy()
-            averaged[name] = np.array([row[:k].mean() for row, k in zip(table, done, strict=True)])
-            last[name] = np.array([row[k - 1] for row, k in zip(table, done, strict=True)])
-        entropy = self.net.distribution.entropy(self.outputs.to(self.device)).cpu().double().numpy()
-        variance = returns.double().var(-1, correction=0).cpu().numpy()
-        unexplained = (returns - values).double().var(-1, correction=0).cpu().numpy()
+    def _losses(self, tally: Tally, batch: Batch, rate: float) -> dict[str, np.ndarray]:
+        """The update in numbers [S], under SB3's names."""
+        config, copies = self.config, len(self.seeds)
+        std = self.net.distribution.log_std.detach().exp().mean(-1)
         return {
-            **averaged,
-            "loss": last["policy_gradient_loss"]
-            - config.ent_coef * entropy
-            + config.vf_coef * last["value_loss"],
-            "entropy_loss": -entropy,
-            "explained_variance": 1.0 - unexplained / np.where(variance > 0, variance, np.nan),
-            "std": self.net.distribution.log_std.exp().mean(-1).cpu().double().numpy(),
-            "learning_rate": np.full(len(self.seeds), rate),
-            "clip_range": np.full(len(self.seeds), config.clip_range),
-            "n_updates": np.full(len(self.seeds), self.updates),
+            **tally.losses(config.clip_range, config.ent_coef, config.vf_coef),
+            "explained_variance": explained_variance(batch.values, batch.returns),
+            "std": std.cpu().double().numpy(),
+            "learning_rate": np.full(copies, rate),
+            "clip_range": np.full(copies, config.clip_range),
+            "n_updates": self.updates.copy(),
         }
 
     def probe(self) -> None:
@@ -383,7 +330,7 @@ class PPO:
             },
             "normalizer": self.normalizer.state(copy),
             "latest": torch.from_numpy(self.latest[copy].copy()),
-            "updates": self.updates,
+            "updates": int(self.updates[copy]),
         }
 
     @torch.no_grad()
@@ -398,7 +345,7 @@ class PPO:
         self.minibatch_order.load_state(copy, state["streams"]["minibatch"])
         self.normalizer.load_state(copy, state["normalizer"])
         self.latest[copy] = state["latest"].numpy()
-        self.updates = state["updates"]
+        self.updates[copy] = state["updates"]
 
 
 def _standardised(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantag
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 
 def generalised_advantages(
@@ -44,3 +45,10 @@ def generalised_advantages(
             deltas[t] = last
         advantages[:, lane] = deltas
     return advantages
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> np.ndarray:
+    """1 - Var(returns - values) / Var(returns) of [S, n]: [S]; nan where returns are equal."""
+    spread = returns.double().var(-1, correction=0).cpu().numpy()
+    left = (returns - values).double().var(-1, correction=0).cpu().numpy()
+    return 1.0 - left / np.where(spread > 0, spread, np.nan)

@@ -1,10 +1,12 @@
-"""Shared test options: `--slow` runs the tests marked slow; gpu tests skip without a CUDA device."""
+"""`--slow` runs the tests marked slow; tests marked gpu skip without a CUDA device."""
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
+    parser.addoption(
+        "--slow", action="store_true", help="also run the tests marked slow (minutes each)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from perennial.agents.config import build_config
 from perennial.agents.episodes import Episodes
-from perennial.agents.ppo import PPO
+from perennial.agents.ppo import PPO, Batch
 from perennial.agents.streams import environment_seeds
 from perennial.envs.vector import make_vec
 from tests.test_checkpoint import same
@@ -196,13 +196,13 @@ def test_a_seed_alone_equals_the_seed_among_four():
     log_prob = alone.net.distribution.log_prob(rollout[2], rollout[1])
     values = alone.values(rollout[0])
     advantages = torch.randn(1, 128, generator=torch.Generator().manual_seed(0)).double()
-    data = [*rollout[:2], log_prob, values, advantages]
+    data = [*rollout[:2], log_prob, values, advantages, advantages + values]
     for _ in range(10):
         orders = [agent.minibatch_order.permutations(128, 10) for agent in (alone, together)]
         assert np.array_equal(orders[0][0], orders[1][2])
-        alone.learn(*data, torch.from_numpy(orders[0]))
+        alone.learn(Batch(*data), torch.from_numpy(orders[0]))
         four = [x.expand(4, *x.shape[1:]).clone() for x in data]
-        together.learn(*four, torch.from_numpy(orders[1]))
+        together.learn(Batch(*four), torch.from_numpy(orders[1]))
     assert alone.handle.counts()["cbp"][0] == together.handle.counts()["cbp"][2] > 5
     for (name, a), b in zip(alone.net.named_parameters(), together.net.parameters(), strict=True):
         assert (a[0] - b[2]).abs().max() < 1e-9, name

@@ -1,4 +1,4 @@
-"""One PPO update is Stable-Baselines3's: same weights, rollout and minibatch order, then weight by weight."""
+"""One PPO update is SB3's: same weights, rollout and order of minibatches, weight by weight."""
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import configure
 
 from perennial.agents.config import build_config
-from perennial.agents.ppo import PPO
+from perennial.agents.ppo import PPO, Batch
 
 STEPS, ENVS, BATCH = 128, 2, 32
 OPTIONS = {
@@ -106,14 +106,15 @@ def update_both(theirs, ours, dtype: torch.dtype):
 
     n = STEPS * ENVS
     data = [rows(buffer.observations)[None], rows(buffer.actions)[None]]
-    data += [rows(x)[:, 0][None] for x in (buffer.log_probs, buffer.values, buffer.advantages)]
+    data += [
+        rows(x)[:, 0][None]
+        for x in (buffer.log_probs, buffer.values, buffer.advantages, buffer.returns)
+    ]
     np.random.seed(7)
     order = np.stack([np.random.permutation(n) for _ in range(ours.config.n_epochs)])[None]
     np.random.seed(7)
     theirs.train()
-    ours.outputs.zero_()
-    # SB3's returns are advantages + values in float32, as stored: hand over exactly those.
-    losses = ours.learn(*data, torch.from_numpy(order), progress=n / 10_000)
+    losses = ours.learn(Batch(*data), torch.from_numpy(order), progress=n / 10_000)
     return losses, theirs.logger.name_to_value
 
 
