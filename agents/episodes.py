@@ -57,6 +57,11 @@ class Episodes:
         self.returns[ended] = 0.0
         self.begun[ended] = t + 1
 
+    def abandon(self, copy: int) -> None:
+        """Forget the unfinished episodes of one seed: its lanes begin new ones."""
+        rows = slice(copy * self.lanes, (copy + 1) * self.lanes)
+        self.returns[rows], self.begun[rows] = 0.0, 0
+
     def rollout(self, rewards: np.ndarray) -> None:
         """Count a whole rollout with rewards [T, N], after the ends of its episodes."""
         steps = len(rewards)

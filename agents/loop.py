@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from perennial.agents.checkpoint import newest_checkpoint, write_checkpoint
-from perennial.agents.config import Config
+from perennial.agents.config import Config, UsageError
 from perennial.agents.episodes import Episodes
 from perennial.agents.ppo import PPO
 from perennial.agents.record import SeedRecorder
@@ -42,7 +42,10 @@ def train_group(
     Goes on from the newest checkpoint that all the seeds have. Returns the seconds spent in each
     part.
     """
-    group = Group(config, seeds, run_dir, device, threads, report)
+    try:
+        group = Group(config, seeds, run_dir, device, threads, report)
+    except ValueError as e:  # an option that only the environment or the network could judge
+        raise UsageError(str(e)) from e
     agent, envs, episodes, clock = group.agent, group.envs, group.episodes, group.clock
     begun, begun_steps = time.monotonic(), episodes.env_steps
     try:
@@ -106,7 +109,11 @@ class Group:
         for copy, tree in enumerate(found[1] if found else []):
             self.agent.load_state(copy, tree["agent"])
             self.episodes.load_state(copy, tree["episodes"])
-            self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
+            fresh = self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
+            if fresh is not None:
+                self.agent.restart(copy, fresh)
+                self.episodes.abandon(copy)
+                report({"warning": f"{config.env} cannot go on exactly: a new episode begins"})
         self.recorders = [
             # An earlier attempt without a checkpoint starts again from step 0, over what it wrote.
             SeedRecorder(d, config, self.saved if (d / "episodes.csv").exists() else None)

@@ -122,6 +122,10 @@ class PPO:
         shaped = observations.reshape(self.latest.shape)
         self.latest = self.normalizer.observe(shaped).astype(self.latest.dtype)
 
+    def restart(self, copy: int, observations: np.ndarray) -> None:
+        """Go on from new episodes of one seed, first observations [E, D]."""
+        self.latest[copy] = self.normalizer.normalize(observations, copy)
+
     def _policy(self, observations: np.ndarray) -> np.ndarray:
         if self.acting is not None:
             return self.acting.forward(observations)

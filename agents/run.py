@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +95,10 @@ def train(config: Config, stream: TextIO | None = None) -> tuple[Run, int]:
     run = Run(_new_folder(config), config, groups, threads, device)
     with _held(run.path):
         run.write()
-        return run, _supervise(run, stream or sys.stdout)
+        status = _supervise(run, stream or sys.stdout)
+    if status == 2:  # nothing was trained: leave no folder that looks like a run
+        shutil.rmtree(run.path, ignore_errors=True)
+    return run, status
 
 
 def resume(
@@ -155,39 +160,49 @@ def grouping(seeds: tuple[int, ...], device: str) -> tuple[tuple[tuple[int, ...]
 
 def _new_folder(config: Config) -> Path:
     """Make the run's folder; UsageError when it is in use, foreign or not writable."""
-    if config.run_dir is not None:
-        path = Path(config.run_dir)
-    else:
-        methods = "-".join((config.agent, *config.methods)) or config.agent
-        base = (
-            Path("runs") / config.env.replace("/", "-") / methods / time.strftime("%Y%m%d-%H%M%S")
-        )
-        path, again = base, 1
-        while path.exists():
-            again += 1
-            path = base.with_name(f"{base.name}-{again}")
     try:
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: choose another --run-dir")
-        if path.is_dir() and (path / "config.json").exists():
+        if config.run_dir is None:
+            return _timed_folder(Path("runs") / config.env.replace("/", "-") / _name(config))
+        path = Path(config.run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / "config.json").exists():
             raise UsageError(
                 f"{path} holds a run: `perennial resume {path}`, or choose another --run-dir"
             )
-        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        if any(entry.name != ".lock" for entry in path.iterdir()):
             raise UsageError(
                 f"{path} holds other files and no run: choose an empty or new --run-dir"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".lock"
-        probe.touch()
+        (path / ".lock").touch()
     except OSError as e:
-        raise UsageError(f"cannot write {path} ({e.strerror}): choose another --run-dir") from None
+        raise UsageError(
+            f"cannot write {config.run_dir or 'runs/'} ({e.strerror}): choose another --run-dir"
+        ) from None
     return path
 
 
+def _name(config: Config) -> str:
+    return "-".join((config.agent, *config.methods))
+
+
+def _timed_folder(parent: Path) -> Path:
+    """A folder named by the time; starts within the same second get a number."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError  # the count has no end
+
+
 def _runs_below(path: Path) -> str:
-    below = sorted(path.glob("**/config.json"))[:1] if path.is_dir() else []
-    return f"; did you mean {below[0].parent}?" if below else ""
+    """`; did you mean ...?` where a run lies up to three folders below."""
+    for depth in ("*", "*/*", "*/*/*"):
+        for found in path.glob(f"{depth}/config.json"):
+            return f"; did you mean {found.parent}?"
+    return ""
 
 
 @contextlib.contextmanager

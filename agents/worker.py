@@ -59,7 +59,7 @@ def _train(job: dict[str, Any], messages: TextIO) -> int:
 
         # Also for threads started later: each network trains on one core (see PPO).
         torch.set_num_threads(1)
-        from perennial.agents.config import from_json
+        from perennial.agents.config import UsageError, from_json
         from perennial.agents.loop import TrainingError, train_group
 
         try:
@@ -72,7 +72,10 @@ def _train(job: dict[str, Any], messages: TextIO) -> int:
                 report=report,
                 stopping=_STOP.is_set,
             )
-        except (ValueError, TrainingError, OSError) as e:
+        except UsageError as e:
+            report({"error": f"{e}".replace("\n", " "), "usage": True})
+            return 2
+        except (TrainingError, OSError) as e:
             _keep_traceback(run_dir / f"seed-{seeds[0]}")
             report({"error": f"{e}".replace("\n", " "), "usage": False})
             return 1
