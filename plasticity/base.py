@@ -70,6 +70,7 @@ class Intervention(nn.Module):
     moments: Moments
     units: Units
     key: Tensor
+    _keys: list[int]  # the same on the host
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -109,12 +110,25 @@ class Intervention(nn.Module):
     ) -> None:
         """`surgery.recycle` with this method's stream at the current step, counted in
         `replaced`."""
-        key = draws.fold(draws.fold(self.key, FRESH), self.clock.updates)
-        recycle(selections, key, self.moments, treatment=treatment, means=means)
+        recycle(selections, self._stream(FRESH), self.moments, treatment=treatment, means=means)
         replaced = getattr(self, "replaced", None)
         if isinstance(replaced, Tensor):
             for selection in selections:
-                replaced.add_(selection.count())
+                replaced.add_(selection.count)
+
+    def _stream(self, word: int, *words: int) -> draws.Stream:
+        """This method's random numbers of the current step, under some words of its choice."""
+        known = self.clock.known
+        stream = (
+            draws.Stream(self.key)
+            if known is None
+            else draws.Stream.known(self._keys, self.key.device)
+        )
+        for each in (word, *words):
+            stream = stream.fold(each)
+        if known is None:
+            return draws.Stream(draws.fold(stream.keys, self.clock.updates))
+        return stream.at(known)
 
 
 def attach(
@@ -185,6 +199,7 @@ class Handle:
             intervention.clock, intervention.moments = self.clock, self.moments
             intervention.units = self.units
             intervention.register_buffer("key", torch.tensor(keys, device=units.device))
+            intervention._keys = keys
             if intervention.stage is not Stage.OPTIMIZER:
                 intervention.bind(self.units, optimizer)
         kinds = list(self.interventions.values())
@@ -285,6 +300,7 @@ class Handle:
         self.clock.reload()
         self.moments.reload()
         for intervention in self.interventions.values():
+            intervention._keys = intervention.key.tolist()
             intervention._loaded()
 
 

@@ -55,7 +55,7 @@ class Clock:
     def tick(self) -> None:
         """One step is done."""
         self.updates.add_(1 if self.mask is None else self.mask)
-        if torch.compiler.is_compiling() or self._blind:
+        if torch.compiler.is_compiling() or self._blind or self._capturing():
             self.host = None
         elif self.host is not None:
             for copy in range(self.copies) if self.moving is None else self.moving:
@@ -70,7 +70,13 @@ class Clock:
     @property
     def known(self) -> list[int] | None:
         """Steps per copy where the host may act on them, else None."""
-        return None if torch.compiler.is_compiling() else self.host
+        if torch.compiler.is_compiling() or self._capturing():
+            return None
+        return self.host
+
+    def _capturing(self) -> bool:
+        """A CUDA graph would freeze what the host knows now."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def current(self) -> range | tuple[int, ...]:
         """Copies that the current step moves, as far as the host knows."""

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from perennial.plasticity import draws
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.surgery import Selection, set_slots
+from perennial.plasticity.surgery import Selection
 from perennial.plasticity.units import Site, Units
 
+_WINDOW = 64  # steps of coins that the host looks up at once
 _COIN, _LOT = 1, 3  # streams of this method beside that of fresh weights (base.FRESH)
 
 
@@ -107,31 +108,39 @@ class ContinualBackprop(Intervention):
         self.register_buffer("replaced", zeros(1, torch.int64)[:, 0])
         if self.count == "accumulate":
             self.register_buffer("budget", zeros(len(units), torch.float64))
-        self._worth, self._batch_mean = zeros(total), zeros(end)
+        # Work space over all sites, and views of it per site, made once.
+        self._batch_mean, self._size = zeros(end), zeros(end)
+        self._outgoing, self._worth = zeros(end), zeros(total)
+        self._flat = end == sum(site.n for _, site, _ in self._sites) == total
+        self._means = [self._view(self._batch_mean, p) for p, _, _ in self._sites]
+        self._sizes = [self._view(self._size, p) for p, _, _ in self._sites]
+        self._outs = [self._view(self._outgoing, p) for p, _, _ in self._sites]
+        self._shares = zeros(end)  # 1 / weights per column
+        for position, site, _ in self._sites:
+            self._shares[:, self._columns[position]] = 1 / site.outgoing_rows
+        self._rectified = all(site.nonnegative for _, site, _ in self._sites)
         self._loaded()
 
+    def _view(self, vector: Tensor, position: int) -> Tensor:
+        """One site's part of a vector over all input columns: `[S, n, k]`, `[S, n]` where k = 1."""
+        site = self.units.sites[position]
+        part = vector[:, self._columns[position]]
+        return part if site.columns.k == 1 else part.unflatten(-1, (site.n, site.columns.k))
+
     def _loaded(self) -> None:
-        """The host's own view of the coins: one key per site and copy."""
-        self._coins = {
-            (position, copy): draws.fold_int(draws.fold_int(key, _COIN), position + 1)
-            for position, _, _ in self._sites
-            for copy, key in enumerate(self.key.tolist())
-        }
+        """Coins of the coming steps are looked up anew."""
+        self._window: list[tuple[int, dict[int, list[int]]]] = [(0, {})] * self.clock.copies
 
     def after_step(self) -> None:
         self._observe()
-        selections = [
-            self._select(position, site, span)
-            for position, site, span in self._sites
-            if self._possible(position, site)
-        ]
-        if not selections:
+        due = self._due()
+        if not due:
             return
+        selections = [self._select(*self._sites[place]) for place in due]
         means = None if self.nature else [self._mean_of(s.position) for s in selections]
         self._recycle(selections, treatment=self.treatment, means=means)
         for selection in selections:
-            span = self.units.spans[selection.position]
-            self._forget(selection, span)
+            self._forget(selection, self.units.spans[selection.position])
 
     # ---- statistics ----------------------------------------------------------------------------
 
@@ -139,22 +148,52 @@ class ContinualBackprop(Intervention):
         """Advance age, mean and utility by the minibatch just used."""
         mask = self.clock.mask
         self.age.add_(1 if mask is None else mask.unsqueeze(-1))
-        for position, site, _ in self._sites:
-            columns = self._columns[position]
-            torch.mean(
-                site.features, 1, out=self._batch_mean[:, columns].unflatten(-1, (site.n, -1))
-            )
+        self._average_rows(self._batch_mean, self._means, magnitude=False)
         self._average(self.mean, self._batch_mean)
-        if self.kind != "random":
+        if self.kind == "random":
+            return
+        if self.kind == "contribution":
+            self._contribute()
+        else:
             for position, site, span in self._sites:
                 self._worth[:, span].copy_(self._worth_of(position, site))
-            self._average(self.utility, self._worth)
+        self._average(self.utility, self._worth)
+
+    def _average_rows(self, vector: Tensor, parts: list[Tensor], magnitude: bool) -> None:
+        """Write E[h] or E|h| of all sites into `vector`, through its parts."""
+        rows = set()
+        for (_, site, _), part in zip(self._sites, parts, strict=True):
+            h = site.activation if part.ndim == 2 else site.features
+            rows.add(h.shape[1])
+            torch.sum(h.abs() if magnitude else h, 1, out=part)
+        if len(rows) == 1:
+            vector.mul_(1 / rows.pop())
+            return
+        for (_, site, _), part in zip(self._sites, parts, strict=True):
+            part.mul_(1 / site.features.shape[1])
 
     def _average(self, average: Tensor, new: Tensor) -> None:
         if self.clock.mask is None:
             average.lerp_(new, 1 - self.decay)
         else:
             average.copy_(self.clock.keep(torch.lerp(average, new, 1 - self.decay), average))
+
+    def _contribute(self) -> None:
+        """E|h| times mean |outgoing weight|, for all sites at once."""
+        size = self._batch_mean
+        if not self._rectified:
+            size = self._size
+            self._average_rows(self._size, self._sizes, magnitude=True)
+        for (_, site, _), part in zip(self._sites, self._outs, strict=True):
+            site.outgoing_sum(out=part)
+        size = size * self._shares
+        if self._flat:
+            torch.mul(size, self._outgoing, out=self._worth)
+            return
+        product = size * self._outgoing
+        for position, _, span in self._sites:
+            part = self._view(product, position)
+            self._worth[:, span].copy_(part if part.ndim == 2 else part.mean(-1))
 
     def _worth_of(self, position: int, site: Site) -> Tensor:
         """y of one site's units in the minibatch just used, `[S, n]`."""
@@ -163,12 +202,6 @@ class ContinualBackprop(Intervention):
         outgoing = site.outgoing()  # [S, n, k]
         if self.kind == "weight":
             return outgoing.mean(-1)
-        if self.kind == "contribution":
-            if site.nonnegative:
-                size = self._batch_mean[:, self._columns[position]].unflatten(-1, (site.n, -1))
-            else:
-                size = site.features.abs().mean(1)
-            return (size * outgoing).mean(-1)
         mean = self._mean_of(position)
         worth = ((site.features - mean.unsqueeze(1)).abs().mean(1) * outgoing).mean(-1)
         return worth / site.incoming() if self.kind == "adaptable" else worth
@@ -185,32 +218,37 @@ class ContinualBackprop(Intervention):
 
     # ---- selection -----------------------------------------------------------------------------
 
-    def _slots(self, site: Site) -> int:
-        """The most units that one step may replace."""
-        return min(site.n, math.floor(self.rate * site.n) + 1)
+    def _due(self) -> list[int]:
+        """Places of the sites where this step may replace a unit; mostly none, at usual rates.
 
-    def _possible(self, position: int, site: Site) -> bool:
-        """False where the host knows that this step replaces nothing: most steps, at usual rates.
-
-        As many units as the site has are at least as many as are eligible, so the coin alone tells.
+        At most as many units are eligible as the site has: the coin alone tells when none is due.
         """
-        if self.rate == 0:
-            return False
+        every = list(range(len(self._sites)))
         known = self.clock.known
-        if known is None:
-            return True
+        if self.rate == 0 or known is None:
+            return [] if self.rate == 0 else every
         mature = [copy for copy in self.clock.current() if known[copy] > self.maturity]
-        if self.count == "accumulate" or not mature:
-            return bool(mature)
-        expected = self.rate * site.n
-        if expected >= 1:
-            return True
-        return any(
-            expected
-            + draws.to_uniform_int(draws.fold_int(self._coins[position, copy], known[copy]))
-            >= 1
-            for copy in mature
-        )
+        if self.count == "accumulate":
+            return every if mature else []
+        due: set[int] = set()
+        for copy in mature:
+            start, table = self._window[copy]
+            if not start <= known[copy] < start + _WINDOW:
+                start, table = known[copy], self._look_ahead(copy, known[copy])
+                self._window[copy] = start, table
+            due.update(table.get(known[copy], ()))
+        return sorted(due)
+
+    def _look_ahead(self, copy: int, start: int) -> dict[int, list[int]]:
+        """Steps of the coming window whose coin may replace units of this copy, and where."""
+        table: dict[int, list[int]] = {}
+        for place, (position, site, _) in enumerate(self._sites):
+            key = draws.fold_int(draws.fold_int(self._keys[copy], _COIN), position + 1)
+            expected = self.rate * site.n
+            for step in range(start, start + _WINDOW):
+                if expected + draws.to_uniform_int(draws.fold_int(key, step)) >= 1:
+                    table.setdefault(step, []).append(place)
+        return table
 
     def _select(self, position: int, site: Site, span: slice) -> Selection:
         """The lowest utilities among eligible units; how many, by chance or by account."""
@@ -223,14 +261,15 @@ class ContinualBackprop(Intervention):
             count = due.floor()
             budget.copy_(due - count)
         else:
-            key = draws.fold(draws.fold(self.key, _COIN), position + 1)
-            coin = draws.to_uniform(draws.fold(key, self.clock.updates))
-            count = (expected + coin).floor()
+            count = (expected + self._stream(_COIN, position + 1).coin()).floor()
             if self.nature:
                 count = torch.where(expected >= 1, expected.floor(), count)
-        score = self._score(position, span, age)
+        if self.kind == "random":
+            score = self._stream(_LOT, position + 1).uniform(site.n)
+        else:
+            score = self.utility[:, span] / self._correction(age)
+        slots = min(site.n, math.floor(self.rate * site.n) + 1)
         score = torch.where(eligible, score, torch.inf)
-        slots = self._slots(site)
         index = torch.topk(score, slots, dim=-1, largest=False).indices
         chosen = torch.arange(slots, device=age.device) < count.unsqueeze(-1)
         chosen = chosen & eligible.gather(-1, index)
@@ -238,16 +277,9 @@ class ContinualBackprop(Intervention):
             chosen = chosen & self.clock.mask.unsqueeze(-1)
         return Selection(position, site, index, chosen)
 
-    def _score(self, position: int, span: slice, age: Tensor) -> Tensor:
-        if self.kind == "random":
-            key = draws.fold(draws.fold(self.key, _LOT), position + 1)
-            return draws.uniform(draws.fold(key, self.clock.updates), age.shape[-1])
-        return self.utility[:, span] / self._correction(age)
-
     def _forget(self, selection: Selection, span: slice) -> None:
         """New units have no age, utility or mean."""
-        index, chosen = selection.index, selection.chosen
-        for buffer in (self.age, self.utility):
-            set_slots(buffer[:, span], 1, index, chosen, 0)
+        self.age[:, span].mul_(selection.kept.to(torch.int64))
+        self.utility[:, span].mul_(selection.kept)
         mean = self.mean[:, self._columns[selection.position]]
-        set_slots(mean.unflatten(-1, (selection.site.n, -1)), 1, index, chosen, 0)
+        mean.unflatten(-1, (selection.site.n, -1)).mul_(selection.kept.unsqueeze(-1))

@@ -1,16 +1,16 @@
 """Random numbers of interventions: a pure function of (key, counter), the same on every device.
 
 A splitmix64-like hash (Steele, Lea & Flood 2014) in wrapping 64-bit integers, written twice with
-the
-same bits: for tensors and for the host's integers. Nothing is taken from any other random stream,
-a stream's whole state is its key and its counter, and nothing here stops a compiler or a CUDA
-graph.
+the same bits: for tensors and for the host's integers. Nothing is taken from any other random
+stream, a stream's whole state is its key and its counter, and nothing here stops a compiler or a
+CUDA graph.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,13 +58,56 @@ def to_uniform_int(bits: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def uniform(key: Tensor, count: int) -> Tensor:
-    """Uniform float64 numbers in [0, 1): key [S] -> [S, count]."""
-    words = torch.arange(1, count + 1, device=key.device)
-    return to_uniform(fold(key.unsqueeze(-1), words))
+class Stream:
+    """Keys of S copies, folded on the host where it knows them and on the device where it does not.
 
+    >>> key = key_of(0, "doc")
+    >>> host, device = Stream.known([key]), Stream(torch.tensor([key]))
+    >>> torch.equal(host.fold(3).uniform(2), device.fold(3).uniform(2))
+    True
+    """
 
-def normal(key: Tensor, count: int) -> Tensor:
-    """Standard normal float64 numbers (Box & Muller): key [S] -> [S, count]."""
-    radius = (-2 * torch.log1p(-uniform(fold(key, 1), count))).sqrt()
-    return radius * torch.cos(2 * math.pi * uniform(fold(key, 2), count))
+    def __init__(self, keys: Tensor | None, host: tuple[int, ...] | None = None) -> None:
+        self._keys, self._host = keys, host
+        self._device: torch.device | None = None
+
+    @classmethod
+    def known(cls, keys: Sequence[int], device: torch.device | None = None) -> Stream:
+        """From keys that the host knows."""
+        stream = cls(None, tuple(keys))
+        stream._device = device
+        return stream
+
+    def fold(self, word: int) -> Stream:
+        """The stream under this word."""
+        if self._host is None:
+            return Stream(fold(self.keys, word))
+        return Stream.known([fold_int(key, word) for key in self._host], self._device)
+
+    def at(self, counters: Sequence[int]) -> Stream:
+        """The stream at each copy's own counter; only where the host knows the keys."""
+        assert self._host is not None
+        pairs = zip(self._host, counters, strict=True)
+        return Stream.known([fold_int(key, counter) for key, counter in pairs], self._device)
+
+    @property
+    def keys(self) -> Tensor:
+        """int64 `[S]`."""
+        if self._keys is None:
+            assert self._host is not None
+            self._keys = torch.tensor([_signed(key) for key in self._host], device=self._device)
+        return self._keys
+
+    def coin(self) -> Tensor:
+        """One uniform float64 number per copy, `[S]`, made of the keys themselves."""
+        return to_uniform(self.keys)
+
+    def uniform(self, count: int) -> Tensor:
+        """Uniform float64 numbers in [0, 1), `[S, count]`."""
+        words = torch.arange(1, count + 1, device=self.keys.device)
+        return to_uniform(fold(self.keys.unsqueeze(-1), words))
+
+    def normal(self, count: int) -> Tensor:
+        """Standard normal float64 numbers (Box & Muller), `[S, count]`."""
+        radius = (-2 * torch.log1p(-self.fold(1).uniform(count))).sqrt()
+        return radius * torch.cos(2 * math.pi * self.fold(2).uniform(count))

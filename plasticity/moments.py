@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.clock import Clock
-from perennial.plasticity.surgery import Selection, column_slots, set_slots
+from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
 from perennial.plasticity.units import Site, Units
 
 TREATMENTS = ("exact", "zero", "keep")
@@ -46,9 +46,12 @@ class _Part:
     batched: bool
     rows: slice | None
     columns: slice | Tensor | None
+    square: Tensor | None = None
+    buffers: dict[int, Tensor] = field(default_factory=dict)
+    fixed: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
-    def spread(self, vector: Tensor, larger: bool) -> Tensor:
-        """A vector over all units `[S, total + 1]` as factors that broadcast to the parameter."""
+    def _sides(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rows' and the columns' share of a vector over all units, as they broadcast."""
         ndim = self.parameter.ndim + (0 if self.batched else 1)
         row = column = None
         if self.rows is not None:
@@ -57,14 +60,38 @@ class _Part:
         if self.columns is not None:
             column = vector[:, self.columns]
             column = column.view(len(column), 1, -1, *[1] * (ndim - 3))
-        if row is None:
-            both = column
-        elif column is None:
-            both = row
-        else:
-            both = torch.maximum(row, column) if larger else torch.minimum(row, column)
-        assert both is not None
-        return both if self.batched else both[0]
+        if not self.batched:
+            row, column = (side if side is None else side[0] for side in (row, column))
+        return row, column
+
+    def largest(self, place: int, vector: Tensor) -> Tensor:
+        """Like `spread`, of a vector that keeps its memory: views and result are made once."""
+        if place not in self.fixed or isinstance(self.columns, Tensor):
+            self.fixed[place] = self._sides(vector)
+        row, column = self.fixed[place]
+        if row is None or column is None:
+            both = row if column is None else column
+            assert both is not None
+            return both
+        if place not in self.buffers:
+            self.buffers[place] = torch.maximum(row, column)
+            return self.buffers[place]
+        return torch.maximum(row, column, out=self.buffers[place])
+
+    def squared(self, grad: Tensor) -> Tensor:
+        """g^2 in a buffer of its own: fresh memory every step costs more than the product."""
+        if self.square is None or self.square.dtype is not grad.dtype:
+            self.square = torch.empty_like(self.parameter, dtype=grad.dtype)
+        return torch.mul(grad, grad, out=self.square)
+
+    def spread(self, vector: Tensor, larger: bool) -> Tensor:
+        """A vector over all units `[S, total + 1]` as factors that broadcast to the parameter."""
+        row, column = self._sides(vector)
+        if row is None or column is None:
+            both = row if column is None else column
+            assert both is not None
+            return both
+        return torch.maximum(row, column) if larger else torch.minimum(row, column)
 
 
 class Moments:
@@ -88,8 +115,8 @@ class Moments:
         # b^t per beta, copy and unit; 0 for units as old as their tensor.
         self.saved = torch.zeros(copies, len(self.betas), total, dtype=torch.float64, device=device)
         self.powers = self.saved.transpose(0, 1)
-        # A lower bound of T, and the last step at which a unit may have been recycled (-1: never).
-        self.steps = torch.zeros(copies, dtype=torch.int64, device=device)
+        # T is at least updates + offset; the last update that may have recycled a unit (-1: none).
+        self.offset = torch.zeros(copies, dtype=torch.int64, device=device)
         self.event = torch.full((copies,), -1, dtype=torch.int64, device=device)
         self.decays = torch.tensor(self.betas, dtype=torch.float64, device=device).view(-1, 1, 1)
         self.gains = (1 - self.decays) / self.decays
@@ -99,9 +126,13 @@ class Moments:
         self.factors = torch.zeros(
             len(self.betas), copies, total + 1, dtype=units.dtype, device=device
         )
+        self.vectors = list(self.factors)
+        self._inner = self.factors[..., :-1]
+        self._even = self.adam and all(len(set(g["betas"])) == 1 for g in groups)
         self.host_event = [-1] * copies
-        self.steps.add_(self._known_steps())
-        self.host_steps = self.steps.tolist()
+        self._stale = False  # the host's copies miss what was compiled or captured
+        self.offset.add_(self._known_steps())
+        self.host_offset = self.offset.tolist()
 
     def _known_steps(self) -> int:
         """The fewest steps of any parameter's state now: read once, at attach."""
@@ -116,11 +147,12 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """State for checkpoints, the copies axis first."""
-        return {"steps": self.steps, "event": self.event, "powers": self.saved}
+        return {"offset": self.offset, "event": self.event, "powers": self.saved}
 
     def reload(self) -> None:
         """Host copies after loading."""
-        self.host_steps, self.host_event = self.steps.tolist(), self.event.tolist()
+        self.host_offset, self.host_event = self.offset.tolist(), self.event.tolist()
+        self._stale = False
 
     def restart(self, copies: Tensor | None = None) -> None:
         """The optimizer's state was reset (T = 0): all units are as old as their tensors again.
@@ -128,10 +160,11 @@ class Moments:
         copies: bool `[S]`; None for all.
         """
         if copies is None:
-            copies = torch.ones_like(self.steps, dtype=torch.bool)
-        self.steps.masked_fill_(copies, 0)
+            copies = torch.ones_like(self.offset, dtype=torch.bool)
+        self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
         self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
-        self.host_steps = [0] * len(self.host_steps)
+        self.host_offset = [-(2**62)] * len(self.host_offset)  # T is unknown to the host for now
+        self._stale = True
 
     def recycled(self, selection: Selection, treatment: str = "exact") -> None:
         """Clear what the optimizer remembers about the selected units.
@@ -142,32 +175,36 @@ class Moments:
         """
         if treatment == "keep":
             return
-        site, index, chosen = selection.site, selection.index, selection.chosen
+        site, kept = selection.site, selection.kept
         layer = site.producer
         for parameter in (layer.module.weight, layer.module.bias):
-            self._clear(parameter, layer.batched, 1, index, chosen)
+            for value in self._averages(parameter):
+                silence_rows(value if layer.batched else value.unsqueeze(0), kept)
         for parameter in _affine(site):
-            self._clear(parameter, parameter.ndim == 2, 1, index, chosen)
+            for value in self._averages(parameter):
+                silence_rows(value if value.ndim == 2 else value.unsqueeze(0), kept)
         for consumer in site.consumers:
-            columns, these = column_slots(index, chosen, consumer.columns.table)
-            self._clear(consumer.layer.module.weight, consumer.layer.batched, 2, columns, these)
+            reader = consumer.layer
+            for value in self._averages(reader.module.weight):
+                lead = value if reader.batched else value.unsqueeze(0)
+                silence_columns(lead, consumer.columns, kept)
         if treatment == "exact" and self.betas:
-            span = self.units.spans[selection.position]
-            for powers in self.powers:
-                set_slots(powers[:, span], 1, index, chosen, 1.0)
+            powers = self.powers[:, :, self.units.spans[selection.position]]
+            powers.copy_(torch.where(powers > self.tolerance, powers, 0.0))
+            powers.mul_(kept).add_(selection.gone)
             self.event.copy_(self.clock.keep(self.clock.updates, self.event))
-            if self.clock.known is not None:
+            if self.clock.known is None:
+                self._stale = True
+            else:
                 for copy in self.clock.current():
                     self.host_event[copy] = self.clock.known[copy]
 
-    def _clear(
-        self, parameter: Tensor, batched: bool, dim: int, index: Tensor, chosen: Tensor
-    ) -> None:
+    def _averages(self, parameter: Tensor | None) -> list[Tensor]:
+        """State tensors with one entry per weight; none before the first step."""
         if parameter is None or parameter not in self.group_of:
-            return
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                set_slots(value if batched else value.unsqueeze(0), dim, index, chosen, 0.0)
+            return []
+        values = self.optimizer.state.get(parameter, {}).values()
+        return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
 
     @property
     def needed(self) -> bool:
@@ -183,31 +220,26 @@ class Moments:
         known = self.clock.known
         if known is None:
             late = quiet = False
+            self._stale = True
         else:
-            late = min(self.host_steps) > self.horizon
+            if self._stale:
+                self.reload()
+            late = min(map(sum, zip(known, self.host_offset, strict=True))) > self.horizon
             quiet = all(
                 event < 0 or count - event > self.horizon
                 for event, count in zip(self.host_event, known, strict=True)
             )
-        if not quiet:
-            powers = self.powers * self.decays
-            powers = torch.where(powers > self.tolerance, powers, 0.0)
-            self.powers.copy_(self._keep(powers))
-            if late:
-                self._adjust_late()
-            else:
-                self._adjust()
-        self._count()
-
-    def _keep(self, powers: Tensor) -> Tensor:
-        mask = self.clock.mask
-        return powers if mask is None else torch.where(mask.view(1, -1, 1), powers, self.powers)
-
-    def _count(self) -> None:
-        self.steps.add_(1 if self.clock.mask is None else self.clock.mask)
-        if self.clock.known is not None:  # else it lags behind: still a lower bound
-            for copy in self.clock.current():
-                self.host_steps[copy] += 1
+        if quiet:
+            return
+        if self.clock.mask is None:
+            self.powers.mul_(self.decays)
+        else:
+            older = self.powers * self.decays
+            self.powers.copy_(torch.where(self.clock.mask.view(1, -1, 1), older, self.powers))
+        if late:
+            self._adjust_late()
+        else:
+            self._adjust()
 
     def _present(self) -> list[tuple[_Part, Tensor, dict[str, Tensor]]]:
         """Parts that this step moves, their gradient as the optimizer will see it, their state."""
@@ -230,30 +262,29 @@ class Moments:
 
     def _adjust_late(self) -> None:
         """T beyond the horizon: `average.lerp_(g, B)`."""
-        factors = self.powers * self.gains / (1 - self.powers)
+        factors = self.powers / (1 - self.powers)
         if self.clock.mask is not None:
             factors = factors * self.clock.mask.view(1, -1, 1)
-        self.factors[..., :-1].copy_(factors)
+        torch.mul(factors, self.gains, out=self._inner)
         present = self._present()
         if not present:
             return
-        grads = [grad for _, grad, _ in present]
-        squares = torch._foreach_mul(grads, grads)
-        spread: dict[tuple[int, int], Tensor] = {}
-        for which, key, targets in ((0, "exp_avg", grads), (1, "exp_avg_sq", squares)):
-            averages, values, weights = [], [], []
-            for (part, _, state), target in zip(present, targets, strict=True):
-                beta = self._group(part.parameter)["betas"][which]
-                if beta == 0:
-                    continue
-                place = self.betas.index(beta), id(part)
-                if place not in spread:
-                    spread[place] = part.spread(self.factors[place[0]], larger=True)
-                averages.append(state[key])
-                values.append(target)
-                weights.append(spread[place])
-            if averages:
-                torch._foreach_lerp_(averages, values, weights)
+        if len(self.betas) == 1 and self._even:
+            grads = [grad for _, grad, _ in present]
+            squares = [part.squared(grad) for part, grad, _ in present]
+            weights = [part.largest(0, self.vectors[0]) for part, _, _ in present]
+            torch._foreach_lerp_([state["exp_avg"] for *_, state in present], grads, weights)
+            torch._foreach_lerp_([state["exp_avg_sq"] for *_, state in present], squares, weights)
+            return
+        for part, grad, state in present:
+            beta1, beta2 = self._group(part.parameter)["betas"]
+            if beta1:
+                place = self.betas.index(beta1)
+                state["exp_avg"].lerp_(grad, part.largest(place, self.vectors[place]))
+            if beta2:
+                place = self.betas.index(beta2)
+                weight = part.largest(place, self.vectors[place])
+                state["exp_avg_sq"].lerp_(part.squared(grad), weight)
 
     def _adjust(self) -> None:
         """Any T: `average <- A average + B g`."""

@@ -1,22 +1,22 @@
 """Recycling units: fresh incoming weights, silent outgoing weights, clean norms and moments.
 
 The units to recycle are a fixed number of slots per copy with a flag each (`Selection`), never a
-list
-whose length depends on values: nothing here asks the device anything, shapes never change.
+list whose length depends on values: nothing here asks the device anything, shapes never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from perennial.plasticity import draws
 from perennial.plasticity.copies import Init
-from perennial.plasticity.units import Layer, Site
+from perennial.plasticity.draws import Stream
+from perennial.plasticity.units import Columns, Layer, Site
 
 if TYPE_CHECKING:
     from perennial.plasticity.moments import Moments
@@ -40,14 +40,27 @@ class Selection:
         index = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
         return Selection(position, site, index, mask)
 
+    @cached_property
     def count(self) -> Tensor:
         """How many units of each copy: int64 `[S]`."""
         return self.chosen.sum(-1)
 
+    @cached_property
+    def gone(self) -> Tensor:
+        """1 for units that are recycled, else 0: `[S, n]`, dtype of the weights."""
+        weight = self.site.producer.weight
+        zeros = weight.new_zeros(weight.shape[:2])
+        return zeros.scatter_(1, self.index, self.chosen.to(weight.dtype))
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """1 - gone."""
+        return 1 - self.gone
+
 
 def recycle(
     selections: Sequence[Selection],
-    key: Tensor,
+    stream: Stream,
     moments: Moments,
     *,
     treatment: str = "exact",
@@ -61,107 +74,104 @@ def recycle(
 
     Args:
         selections: at most one per site; all chosen before any weight changes.
-        key: int64 `[S]`, key of the random rows of this event.
+        stream: random numbers of this event.
         moments: the optimizer's state of the same units.
         treatment: what happens to it, see `Moments.recycled`.
         means: mean activation `[S, n, k]` per selection: the consumers' biases take over what the
             units gave on average. None leaves them.
 
-    Source: Dohare et al. 2024 (Nature 632); the published code's compensation has no effect because
-    it clears the mean first, and it keeps norms and biases of consumers as they are.
+    Source: Dohare et al. 2024 (Nature 632). Their code's compensation has no effect, because it
+    clears the mean first.
     """
     if means is not None:
         for selection, mean in zip(selections, means, strict=True):
             _compensate(selection, mean)
     for selection in selections:
-        _renew(selection, draws.fold(key, selection.position + 1))
+        _renew(selection, stream.fold(selection.position + 1))
     for selection in selections:  # after all fresh rows: zero wins
         for consumer in selection.site.consumers:
-            index, chosen = _column_slots(selection, consumer.columns.table)
-            set_slots(consumer.layer.weight, 2, index, chosen, 0.0)
+            silence_columns(consumer.layer.weight, consumer.columns, selection.kept)
     for selection in selections:
         moments.recycled(selection, treatment)
 
 
-def set_slots(
-    tensor: Tensor, dim: int, index: Tensor, chosen: Tensor, value: Tensor | float
-) -> None:
-    """Write `value` (or slots along `dim`) where chosen: tensor `[S, ...]`, index and chosen `[S,
-    K]`."""
-    shape = [index.shape[0], *[1] * (tensor.ndim - 1)]
-    shape[dim] = index.shape[1]
-    full = list(tensor.shape)
-    full[dim] = index.shape[1]
-    where = index.view(shape).expand(full)
-    old = tensor.gather(dim, where)
-    tensor.scatter_(dim, where, torch.where(chosen.view(shape), value, old).to(tensor.dtype))
+def set_slots(tensor: Tensor, index: Tensor, chosen: Tensor, value: Tensor | float) -> None:
+    """Write slots of `value` `[S, K, ...]` into axis 1 of `tensor` `[S, n, ...]` where chosen."""
+    tail = [1] * (tensor.ndim - 2)
+    where = index.view(*index.shape, *tail).expand(*index.shape, *tensor.shape[2:])
+    fresh = torch.where(chosen.view(*chosen.shape, *tail), value, tensor.gather(1, where))
+    tensor.scatter_(1, where, fresh.to(tensor.dtype))
 
 
-def column_slots(index: Tensor, chosen: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots of units as slots of a consumer's input features, `[S, K * k]`; table `[n, k]`."""
-    columns = table[index]  # [S, K, k]
-    return columns.flatten(1), chosen.unsqueeze(-1).expand_as(columns).flatten(1)
+def silence_rows(tensor: Tensor, kept: Tensor) -> None:
+    """Zero the rows `[S, n, ...]` of units with kept `[S, n]` = 0.
+
+    The whole tensor is multiplied: cheaper than gathering and scattering up to large sizes, and
+    never more than a part of the optimizer's own pass.
+    """
+    tensor.mul_(kept.view(*kept.shape, *[1] * (tensor.ndim - 2)))
 
 
-def _column_slots(selection: Selection, table: Tensor) -> tuple[Tensor, Tensor]:
-    return column_slots(selection.index, selection.chosen, table)
+def silence_columns(tensor: Tensor, columns: Columns, kept: Tensor) -> None:
+    """Zero the input features of `tensor` `[S, out, in, ...]` that belong to units not kept."""
+    features = columns.scatter(kept.unsqueeze(-1), tensor.shape[2], 1.0)
+    tensor.mul_(features.view(len(kept), 1, -1, *[1] * (tensor.ndim - 3)))
 
 
 def _compensate(selection: Selection, mean: Tensor) -> None:
     """Consumers' biases take over the mean contribution of the units that go."""
+    amount = mean * selection.gone.unsqueeze(-1)
     for consumer in selection.site.consumers:
         bias, weight = consumer.layer.bias, consumer.layer.weight
         if bias is None:
             continue
-        columns, chosen = _column_slots(selection, consumer.columns.table)
-        k = consumer.columns.k
-        given = mean if mean.shape[-1] == k else mean.mean(-1, keepdim=True).expand(-1, -1, k)
-        slots = selection.index.unsqueeze(-1).expand(-1, -1, k)
-        amount = torch.where(chosen, given.gather(1, slots).flatten(1), 0.0)  # [S, K * k]
+        given = amount
+        if given.shape[-1] != consumer.columns.k:  # consumers that read the units differently
+            given = given.mean(-1, keepdim=True)
         if weight.ndim > 3:
             weight = weight.flatten(3).sum(-1)
-        where = columns.unsqueeze(1).expand(-1, weight.shape[1], -1)
-        bias.add_((weight.gather(2, where) * amount.unsqueeze(1)).sum(-1))
+        features = consumer.columns.scatter(given, weight.shape[2], 0.0)
+        bias.add_(torch.bmm(weight, features.unsqueeze(-1)).squeeze(-1))
 
 
-def _renew(selection: Selection, key: Tensor) -> None:
+def _renew(selection: Selection, stream: Stream) -> None:
     """Fresh incoming weights, initial bias, neutral norm."""
     site, index, chosen = selection.site, selection.index, selection.chosen
     layer = site.producer
-    weight, bias = layer.weight, layer.bias
-    rows = fresh_rows(layer, layer.init, draws.fold(key, 1), index.shape[1])
-    set_slots(weight, 1, index, chosen, rows.view(*index.shape, *weight.shape[2:]).to(weight.dtype))
+    weight, bias, init = layer.weight, layer.bias, layer.init
+    rows = fresh_rows(layer, init, stream.fold(1), index.shape[1])
+    set_slots(weight, index, chosen, rows.view(*index.shape, *weight.shape[2:]))
     if bias is not None:
-        bound = layer.init.bias_bound(layer.fan_in)
-        value: Tensor | float = 0.0
+        silence_rows(bias, selection.kept)
+        bound = init.bias_bound(layer.fan_in)
         if bound:
-            draw = draws.uniform(draws.fold(key, 2), index.shape[1])
-            value = ((2 * draw - 1) * bound).to(bias.dtype)
-        set_slots(bias, 1, index, chosen, value)
+            draw = stream.fold(2).uniform(index.shape[1])
+            set_slots(bias, index, chosen, (2 * draw - 1) * bound)
     for norm in site.norms:
-        for name, neutral in (
-            ("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0),
-        ):  # fmt: skip
+        for name in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(norm, name, None)
             if isinstance(tensor, Tensor):
-                tensor = tensor.detach()
-                lead = tensor if tensor.ndim == 2 else tensor.unsqueeze(0)
-                set_slots(lead, 1, index, chosen, neutral)
+                lead = tensor.detach() if tensor.ndim == 2 else tensor.detach().unsqueeze(0)
+                lead.mul_(selection.kept)
+                if name in ("weight", "running_var"):
+                    lead.add_(selection.gone)
 
 
-def fresh_rows(layer: Layer, init: Init, key: Tensor, count: int) -> Tensor:
-    """`count` fresh incoming rows per copy, float64 `[S, count, fan_in]`; key `[S]`.
+def fresh_rows(layer: Layer, init: Init, stream: Stream, count: int) -> Tensor:
+    """`count` fresh incoming rows per copy, in the dtype of the weight: `[S, count, fan_in]`.
 
     Uniform kinds keep the fan of the whole tensor. A row of an orthogonal matrix is the first
     fan_in entries of a random direction in max(out, fan_in) dimensions: drawn exactly so.
     """
-    fan_in = layer.fan_in
+    fan_in, weight = layer.fan_in, layer.weight
+    copies = weight.shape[0]
     if init.kind == "zeros":
-        return torch.zeros(len(key), count, fan_in, dtype=torch.float64, device=key.device)
+        return weight.new_zeros(copies, count, fan_in)
     if init.kind == "orthogonal":
-        size = max(layer.weight.shape[1], fan_in)
-        direction = draws.normal(key, count * size).view(len(key), count, size)
+        size = max(weight.shape[1], fan_in)
+        direction = stream.normal(count * size).view(copies, count, size)
         length = direction.square().sum(-1, keepdim=True).sqrt()
-        return direction[..., :fan_in] * (init.gain / length)
+        return (direction[..., :fan_in] * (init.gain / length)).to(weight.dtype)
     bound = init.bound(fan_in, layer.fan_out)
-    return (2 * draws.uniform(key, count * fan_in).view(len(key), count, fan_in) - 1) * bound
+    draw = stream.uniform(count * fan_in).view(copies, count, fan_in)
+    return ((2 * draw - 1) * bound).to(weight.dtype)

@@ -29,11 +29,11 @@ class Layer:
     name: str
     key: str
     module: Any  # one of WEIGHTED
+    batched: bool = field(init=False)
 
-    @property
-    def batched(self) -> bool:
-        """Whether weight and bias carry the copies axis."""
-        return isinstance(self.module, BatchedLinear)
+    def __post_init__(self) -> None:
+        # Whether weight and bias carry the copies axis.
+        object.__setattr__(self, "batched", isinstance(self.module, BatchedLinear))
 
     @property
     def net(self) -> str:
@@ -94,7 +94,15 @@ class Columns:
             if self.blocks:
                 return x.unflatten(-1, (self.n, self.k))
             return x.unflatten(-1, (self.k, self.n)).transpose(-1, -2)
-        return x[..., self.table.to(x.device)]
+        return x[..., self.table]
+
+    def scatter(self, values: Tensor, features: int, rest: float) -> Tensor:
+        """Values `[S, n, 1 or k]` at the units' input features, `rest` elsewhere: `[S, in]`."""
+        if self.k == 1 and self.blocks and features == self.n:
+            return values.squeeze(-1)
+        full = values.new_full((len(values), features), rest)
+        full[:, self.table] = values.expand(-1, -1, self.k)
+        return full
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +132,16 @@ class Site:
     nonnegative: bool = False
     obstacle: str = ""
     raw: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        first = self.consumers[0]
+        # The ordinary case, without detours: one column per unit, and nothing but units.
+        self._plain = (
+            first.columns.k == 1
+            and first.columns.blocks
+            and not isinstance(first.layer.module, CONVOLUTIONS)
+            and first.layer.weight.shape[2] == first.columns.n
+        )
 
     @property
     def name(self) -> str:
@@ -167,15 +185,36 @@ class Site:
     def activation(self) -> Tensor:
         """Latest training activations `[S, rows, n]`, after the nonlinearity; the k columns of a
         unit (positions of a channel, halves of a CReLU) count as further rows."""
+        raw = self.raw
+        if self._plain and raw is not None:
+            if self.consumers[0].layer.batched:
+                return raw
+            if raw.ndim == 2:
+                return raw.unsqueeze(0)
         x = self.features
         return x.squeeze(-1) if x.shape[-1] == 1 else x.transpose(-1, -2).flatten(1, 2)
 
     def outgoing(self) -> Tensor:
         """Mean |outgoing weight| of each unit over all consumers, per column: `[S, n, k]`."""
-        sums, rows = None, 0
+        return self.outgoing_sum() / self.outgoing_rows
+
+    @property
+    def outgoing_rows(self) -> int:
+        """Weights per column over all consumers."""
+        weights = [consumer.layer.weight for consumer in self.consumers]
+        return sum(w.shape[1] * (w[0, 0, 0].numel() if w.ndim > 3 else 1) for w in weights)
+
+    def outgoing_sum(self, out: Tensor | None = None) -> Tensor:
+        """Sum of |outgoing weight|, `[S, n, k]`, or written to `out`, `[S, n]` where k = 1."""
+        if self._plain and out is not None and len(self.consumers) == 1:
+            return torch.sum(self.consumers[0].layer.weight.abs(), 1, out=out)
+        sums = self._outgoing_sum()
+        return sums if out is None else out.copy_(sums.squeeze(-1) if out.ndim == 2 else sums)
+
+    def _outgoing_sum(self) -> Tensor:
+        sums = None
         for consumer in self.consumers:
             weight = consumer.layer.weight.abs()
-            rows += weight.shape[1] * weight[0, 0, 0].numel()
             weight = weight.flatten(3).sum(-1) if weight.ndim > 3 else weight
             total = consumer.columns.gather(weight.sum(1))
             # Consumers that read the units differently (a convolution and a flattened head).
@@ -183,7 +222,7 @@ class Site:
                 total, sums = total.mean(-1, keepdim=True), sums.mean(-1, keepdim=True)
             sums = total if sums is None else sums + total
         assert sums is not None
-        return (sums / rows).expand(-1, -1, self.columns.k)
+        return sums.expand(-1, -1, self.columns.k)
 
     def incoming(self) -> Tensor:
         """Mean |incoming weight| of each unit: `[S, n]`."""
