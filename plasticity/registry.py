@@ -181,7 +181,9 @@ def default(method: str, parameter: str) -> Any:
     return METHODS[method].params[parameter].default
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
+def parse_spec(
+    spec: str, known: Mapping[str, Entry] = METHODS, kind: str = "plasticity method"
+) -> tuple[str, dict[str, Value]]:
     """`"cbp:rate=1e-4,maturity=10_000"` -> `("cbp", {"rate": 0.0001, "maturity": 10000})`.
 
     Raises:
@@ -189,8 +191,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
     """
     name, colon, rest = spec.strip().partition(":")
     name = name.strip()
-    if name not in METHODS:
-        raise ValueError(f"unknown plasticity method {name!r}{_nearest(name, METHODS)}")
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known)}")
     given: dict[str, Any] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -199,12 +201,14 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
         if key in given:
             raise ValueError(f"{name}: {key} is given twice")
         given[key] = value
-    return name, check(name, given)
+    return name, check(name, given, known)
 
 
-def check(name: str, given: Mapping[str, Any]) -> dict[str, Value]:
+def check(
+    name: str, given: Mapping[str, Any], known: Mapping[str, Entry] = METHODS
+) -> dict[str, Value]:
     """Validated parameters of a known method."""
-    params = METHODS[name].params
+    params = known[name].params
     for key in given:
         if key not in params:
             raise ValueError(f"{name}: unknown parameter {key!r}{_nearest(key, params)}")
