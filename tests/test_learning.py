@@ -1,0 +1,30 @@
+"""Agents learn: returns on tiny problems rise to what they should."""
+
+import io
+
+import numpy as np
+
+from perennial.agents import load, run
+from perennial.agents.config import build_config
+from perennial.agents.evaluate import evaluate
+
+
+def test_ppo_learns_to_balance_a_pole(tmp_path):
+    """InvertedPendulum (continuous force, 1 a step, at most 1000): from about 10 to hundreds."""
+    config = build_config(
+        "ppo",
+        given={"env": "InvertedPendulum-v5", "steps": 36_864, "n_steps": 1024, "batch_size": 64,
+               "learning_rate": 1e-3, "net_arch": (64, 64), "activation": "tanh", "norm_obs": True,
+               "seeds": 2, "run_dir": str(tmp_path / "run"), 
+               "plasticity": ["cbp:rate=1e-3,maturity=200", "l2:strength=1e-4"]},
+    )  # fmt: skip
+    out = io.StringIO()
+    trained, status = run.train(config, out)
+    assert status == 0, out.getvalue()
+    for seed in (0, 1):
+        rows = np.loadtxt(trained.path / f"seed-{seed}" / "episodes.csv", delimiter=",", skiprows=1)
+        assert rows[:20, 2].mean() < 60 < 300 < rows[-20:, 2].mean()
+    for result in evaluate(trained, episodes=3):
+        assert np.mean(result.returns) > 500
+    policy = load(trained, seed=1)
+    assert policy.act(np.zeros(4)).shape == (1,) and policy.act(np.zeros((5, 4))).shape == (5, 1)
