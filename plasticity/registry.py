@@ -159,6 +159,14 @@ METHODS: dict[str, Entry] = {
             "Dohare, Lan & Mahmood 2023 (EWRL), Overcoming policy collapse",
             {"beta": Param(0.99, "both betas", 0.0, 0.999999)},
         ),
+        Entry(
+            "layer-norm",
+            "norms",
+            "LayerNormalization",
+            "layer norm before every nonlinearity (changes the network)",
+            "Lyle et al. 2024 (arXiv 2402.18762); Ba et al. 2016 (arXiv 1607.06450)",
+            {"affine": Param(True, "learn a gain and an offset per unit")},
+        ),
     )
 }
 
