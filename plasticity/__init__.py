@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perennial.plasticity.adam import BatchedAdam as BatchedAdam
+    from perennial.plasticity.architecture import rewrite as rewrite
     from perennial.plasticity.base import Handle as Handle
     from perennial.plasticity.base import Intervention as Intervention
     from perennial.plasticity.base import Stage as Stage
@@ -39,6 +40,7 @@ _EXPORTS = {
     "find_units": "probe",
     "make": "registry",
     "parse_spec": "registry",
+    "rewrite": "architecture",
 }
 _MODULES = ("metrics", "registry")
 

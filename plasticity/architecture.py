@@ -1,0 +1,189 @@
+"""Methods that change the network itself: applied once, before its optimizer is made.
+
+    rewrite(model, ["layer-norm", "crelu"])       # in place: any model built of nn.Sequential
+    optimizer = torch.optim.Adam(model.parameters())
+    units = find_units(model, example)
+    attach(["layer-norm", "crelu", "cbp"], units, optimizer)
+
+A trunk is an `nn.Sequential` of layers and nonlinearities; what widths it takes and gives stays as
+it was, so whatever reads it needs no change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from perennial.plasticity import registry
+from perennial.plasticity.base import Intervention, Stage
+from perennial.plasticity.fit import check_together
+from perennial.plasticity.units import WEIGHTED, Units
+
+M = TypeVar("M", bound=nn.Module)
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+# What may stand between a layer and its nonlinearity without ending the layer.
+_BETWEEN = (nn.Identity, nn.modules.dropout._DropoutNd)
+_NONLINEAR = (
+    nn.ReLU,
+    nn.Tanh,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.PReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.CELU,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardtanh,
+)
+
+
+class Rewriter(Intervention):
+    """A method that changes the network; most do nothing else.
+
+    It is an intervention like any other, so that every list of methods may name it; attached to a
+    network that was not rewritten it refuses. Networks are marked by name in `rewritten_by`.
+    """
+
+    rewrites: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.OPTIMIZER
+    turn: ClassVar[int] = 2  # among several: 0 replaces trunks, 1 resizes layers, 2 adds norms
+
+    def rewrite(
+        self, net: nn.Sequential, generators: Sequence[torch.Generator] | None = None
+    ) -> bool:
+        """Change one trunk in place; False where it has no hidden layer to change."""
+        raise ValueError(f"{type(self).__name__} does not say how it rewrites a network")
+
+    def bind(self, units: Units, optimizer: Optimizer) -> None:
+        marks = [getattr(m, "rewritten_by", ()) for m in units.model.modules()]
+        if not any(self.name in mark for mark in marks):
+            raise ValueError(
+                f"{self.name} changes the network: call rewrite(model, {self.name!r}) before the "
+                f"optimizer and find_units"
+            )
+
+
+def rewriters(methods: Sequence[Intervention | str] | Intervention | str) -> list[Rewriter]:
+    """Those of the methods (or specs) that change the network, in the order in which they do."""
+    if isinstance(methods, Intervention | str):
+        methods = [methods]
+    made = [registry.make(m) if isinstance(m, str) else m for m in methods]
+    return sorted((m for m in made if isinstance(m, Rewriter)), key=lambda m: m.turn)
+
+
+def rewrite(
+    model: M,
+    methods: Sequence[Intervention | str] | Intervention | str,
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+) -> M:
+    """Apply every method that changes networks to every trunk of `model`, in place.
+
+    Args:
+        model: an `nn.Sequential`, or a module that holds some: SB3 policies, feature extractors,
+            our batched networks. Layers outside of an `nn.Sequential` (heads) are left alone.
+        methods: specs or interventions; those that change no network are passed over.
+        generators: for batched layers that are drawn anew, one CPU generator per copy; None draws
+            from torch's global generator.
+
+    Returns:
+        The model. Parameters may be new: make the optimizer, and initialise, after.
+
+    Raises:
+        ValueError: one line; a method does not fit the model, or two methods each other.
+    """
+    chosen = rewriters(methods)
+    check_together([m.name for m in chosen])
+    for method in chosen:
+        trunks = list(_trunks(model))
+        changed = [net for net in trunks if method.rewrite(net, generators)]
+        if not changed:
+            raise ValueError(
+                f"{method.name} finds no nn.Sequential of layers and nonlinearities in "
+                f"{type(model).__name__}: build its hidden layers as one"
+            )
+        for net in changed:
+            marks: tuple[str, ...] = getattr(net, "rewritten_by", ())
+            if method.name in marks:
+                raise ValueError(
+                    f"{method.name} was applied to this network before; once is enough"
+                )
+            net.rewritten_by = (*marks, method.name)  # type: ignore[assignment]
+    return model
+
+
+@dataclass(eq=False)
+class Hidden:
+    """One hidden layer of a trunk: the weighted layer, its nonlinearity, a norm between.
+
+    Attributes:
+        at, activation_at: their places in the trunk as it was.
+    """
+
+    layer: Any  # one of WEIGHTED
+    at: int
+    activation: nn.Module
+    activation_at: int
+    norm: nn.Module | None = None
+
+
+class Trunk:
+    """The modules of an `nn.Sequential`, edited place by place and written back.
+
+    Attributes:
+        places: what stands at each former place now.
+        hidden: layers that a nonlinearity follows, in order.
+    """
+
+    def __init__(self, net: nn.Sequential) -> None:
+        self.net = net
+        self.places: list[list[nn.Module]] = [[module] for module in net]
+        self.hidden: list[Hidden] = []
+        layer: tuple[nn.Module, int] | None = None
+        norm: nn.Module | None = None
+        for at, module in enumerate(net):
+            if isinstance(module, WEIGHTED):
+                layer, norm = (module, at), None
+            elif is_norm(module):
+                norm = module
+            elif is_nonlinear(module) and layer is not None:
+                self.hidden.append(Hidden(*layer, module, at, norm))
+                layer = None
+            elif not isinstance(module, _BETWEEN):
+                layer = None
+
+    def write(self) -> None:
+        """Let the `nn.Sequential` hold what stands at the places, numbered anew."""
+        self.net._modules.clear()
+        for module in itertools.chain.from_iterable(self.places):
+            self.net.append(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises units, each row for itself or over the batch."""
+    return isinstance(module, NORMS) or bool(getattr(module, "normalizes_units", False))
+
+
+def is_nonlinear(module: nn.Module) -> bool:
+    """Whether a module is a nonlinearity between layers."""
+    return isinstance(module, _NONLINEAR) or bool(getattr(module, "nonlinear", False))
+
+
+def _trunks(model: nn.Module) -> Iterable[nn.Sequential]:
+    """Every `nn.Sequential` with layers of its own, once, however many names it has."""
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and any(isinstance(m, WEIGHTED) for m in module):
+            yield module

@@ -1,0 +1,64 @@
+"""Whether methods that change a network fit it and each other: checked without torch.
+
+Our agents ask before anything is built; `rewrite` asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ACTIVATIONS = ("crelu", "fourier")  # put their own nonlinearity in place
+NORMS = ("layer-norm", "nap")
+REWRITERS = ("layer-norm", "crelu", "fourier", "nap", "simba")
+
+
+def check_together(names: Sequence[str]) -> None:
+    """One line where two methods want the same place in a network.
+
+    >>> check_together(["layer-norm", "crelu", "cbp"])
+    """
+    for group, what in ((ACTIVATIONS, "set the nonlinearity"), (NORMS, "normalise every layer")):
+        both = [name for name in names if name in group]
+        if len(both) > 1:
+            raise ValueError(f"{both[0]} and {both[1]} both {what}; take one of the two")
+    if "simba" in names:
+        for name in names:
+            if name in REWRITERS and name != "simba":
+                raise ValueError(f"simba brings its own layers; leave {name} or simba out")
+
+
+def check_widths(methods: Mapping[str, Mapping[str, Any]], widths: Sequence[int]) -> None:
+    """One line where a method does not fit hidden layers of these widths.
+
+    Args:
+        methods: name -> parameters that were given.
+        widths: units of the hidden layers, in order.
+
+    >>> check_widths({"crelu": {}}, (256, 128))
+    """
+    check_together(list(methods))
+    for name in ACTIVATIONS:
+        if name in methods and methods[name].get("width", "halve") == "halve":
+            for width in widths:
+                check_even(name, width)
+    if "simba" in methods:
+        check_equal(widths)
+
+
+def check_even(name: str, width: int) -> None:
+    """A width that is to be halved must be even."""
+    if width % 2:
+        raise ValueError(
+            f"{name} halves the width of every hidden layer and {width} is odd; take "
+            f"{width + 1}, or {name}:width=keep"
+        )
+
+
+def check_equal(widths: Sequence[int]) -> None:
+    """The residual stream of simba has one width."""
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"simba has one width, and the hidden layers have {', '.join(map(str, widths))}; make "
+            f"them equal"
+        )
