@@ -129,7 +129,7 @@ class ContinualBackprop(Intervention):
 
     def _loaded(self) -> None:
         """Coins of the coming steps are looked up anew."""
-        self._window: list[tuple[int, dict[int, list[int]]]] = [(0, {})] * self.clock.copies
+        self._window: list[tuple[int, dict[int, list[int]]]] = [(-_WINDOW, {})] * self.clock.copies
 
     def after_step(self) -> None:
         self._observe()
