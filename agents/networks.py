@@ -127,8 +127,11 @@ class WrittenOut:
 
     @staticmethod
     def fits(net: nn.Module) -> bool:
-        """Whether `net` is a plain MLP: linear and known activation in turn, nothing else."""
+        """Whether `net` is a plain MLP: linear and known activation in turn, nothing else, and no
+        forward hooks (injected heads have some), which only modules run."""
         modules = list(net) if isinstance(net, nn.Sequential) else []
+        if any(module._forward_hooks for module in (net, *modules)):
+            return False
         return (
             len(modules) >= 3
             and all(

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from perennial.plasticity import draws, registry
 from perennial.plasticity.adam import Active
 from perennial.plasticity.clock import Clock
+from perennial.plasticity.copies import Init
 from perennial.plasticity.moments import Moments
 from perennial.plasticity.surgery import Selection, recycle
 from perennial.plasticity.units import Units
@@ -61,14 +62,18 @@ class Intervention(nn.Module):
         moments: the optimizer's state of units, for recycling.
         key: int64 buffer `[S]`, key of this method's own random stream (draws.py).
         units: the units it acts on.
+        targets: networks like `units.model` that follow it; methods that jump take them along.
     """
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = Stage.RECYCLE
     observes: ClassVar[bool] = False  # needs activations of training forwards
+    # before_step only reads gradients, and before penalties of others join them.
+    reads_gradients: ClassVar[bool] = False
     clock: Clock
     moments: Moments
     units: Units
+    targets: tuple[nn.Module, ...]
     key: Tensor
     _keys: list[int]  # the same on the host
 
@@ -107,10 +112,12 @@ class Intervention(nn.Module):
         *,
         treatment: str = "exact",
         means: Sequence[Tensor] | None = None,
+        init: Init | None = None,
     ) -> None:
         """`surgery.recycle` with this method's stream at the current step, counted in
         `replaced`."""
-        recycle(selections, self._stream(FRESH), self.moments, treatment=treatment, means=means)
+        stream = self._stream(FRESH)
+        recycle(selections, stream, self.moments, treatment=treatment, means=means, init=init)
         replaced = getattr(self, "replaced", None)
         if isinstance(replaced, Tensor):
             for selection in selections:
@@ -138,6 +145,7 @@ def attach(
     *,
     seeds: Sequence[int] | None = None,
     hooks: bool = True,
+    targets: Sequence[nn.Module] = (),
 ) -> Handle:
     """Let methods act around every step of `optimizer`.
 
@@ -148,6 +156,8 @@ def attach(
         seeds: one per copy, names of their random streams; default 0, 1, ...
         hooks: act through the optimizer's step hooks. With False the loop itself calls
             `handle.before_step()` before and `handle.after_step()` after each step.
+        targets: target networks, of the same structure as `units.model`: resets and the like jump
+            them with it. Penalties and recycling leave them to follow.
 
     Attach before `torch.compile` and before capturing a CUDA graph.
     """
@@ -159,7 +169,8 @@ def attach(
             raise ValueError(f"{intervention!r} is neither an Intervention nor a spec like 'cbp'")
     names = _names(made)
     order = sorted(range(len(made)), key=lambda place: made[place].stage)
-    return Handle({names[i]: made[i] for i in order}, units, optimizer, seeds, hooks)
+    chosen = {names[i]: made[i] for i in order}
+    return Handle(chosen, units, optimizer, seeds, hooks, targets)
 
 
 class Handle:
@@ -177,7 +188,9 @@ class Handle:
         optimizer: Optimizer,
         seeds: Sequence[int] | None,
         hooks: bool,
+        targets: Sequence[nn.Module] = (),
     ) -> None:
+        _check_targets(units.model, targets)
         seeds = tuple(range(units.copies)) if seeds is None else tuple(seeds)
         if len(seeds) != units.copies:
             raise ValueError(f"{len(seeds)} seeds for {units.copies} copies; give one per copy")
@@ -191,6 +204,7 @@ class Handle:
         for name, intervention in self.interventions.items():
             if hasattr(intervention, "clock"):
                 raise ValueError(f"this {name!r} is attached already; make a new one per optimizer")
+            intervention.targets = tuple(targets)
             if intervention.stage is Stage.OPTIMIZER:  # before anyone reads its settings
                 intervention.bind(self.units, optimizer)
         self.moments = Moments(self.units, optimizer, self.clock)
@@ -203,7 +217,8 @@ class Handle:
             if intervention.stage is not Stage.OPTIMIZER:
                 intervention.bind(self.units, optimizer)
         kinds = list(self.interventions.values())
-        self._before = [i for i in kinds if type(i).before_step is not Intervention.before_step]
+        before = [i for i in kinds if type(i).before_step is not Intervention.before_step]
+        self._before = sorted(before, key=lambda i: not i.reads_gradients)
         self._after = [i for i in kinds if type(i).after_step is not Intervention.after_step]
         self._hooks = []
         if hooks:
@@ -302,6 +317,19 @@ class Handle:
         for intervention in self.interventions.values():
             intervention._keys = intervention.key.tolist()
             intervention._loaded()
+
+
+def _check_targets(model: nn.Module, targets: Sequence[nn.Module]) -> None:
+    """Targets have the model's parameters under the model's names."""
+    own = {name: p.shape for name, p in model.named_parameters()}
+    for target in targets:
+        other = {name: p.shape for name, p in target.named_parameters()}
+        for name in own.keys() | other.keys():
+            if own.get(name) != other.get(name):
+                raise ValueError(
+                    f"{type(model).__name__} and its target differ in {name!r}: give targets of the "
+                    f"same structure as the model of find_units"
+                )
 
 
 def _names(interventions: Sequence[Intervention]) -> list[str]:

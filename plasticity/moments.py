@@ -154,15 +154,18 @@ class Moments:
         self.host_offset, self.host_event = self.offset.tolist(), self.event.tolist()
         self._stale = False
 
-    def restart(self, copies: Tensor | None = None) -> None:
-        """The optimizer's state was reset (T = 0): all units are as old as their tensors again.
+    def restart(self, copies: Tensor | None = None, *, whole: bool = True) -> None:
+        """The optimizer's state was reset (T = 0).
 
         copies: bool `[S]`; None for all.
+        whole: of all tensors, so that all units are as old as their tensors again. False for some
+            tensors: the others, and the units in them, keep their age.
         """
         if copies is None:
             copies = torch.ones_like(self.offset, dtype=torch.bool)
         self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
-        self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
+        if whole:
+            self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
         self.host_offset = [-(2**62)] * len(self.host_offset)  # T is unknown to the host for now
         self._stale = True
 
@@ -192,7 +195,7 @@ class Moments:
             powers = self.powers[:, :, self.units.spans[selection.position]]
             powers.copy_(torch.where(powers > self.tolerance, powers, 0.0))
             powers.mul_(kept).add_(selection.gone)
-            self.event.copy_(self.clock.keep(self.clock.updates, self.event))
+            self.event.copy_(torch.where(selection.count > 0, self.clock.updates, self.event))
             if self.clock.known is None:
                 self._stale = True
             else:
@@ -302,10 +305,10 @@ class Moments:
     def _coefficients(self, place: int, steps: Tensor) -> tuple[Tensor, Tensor]:
         """A and B `[S, total + 1]` at T = `steps` (scalar or `[S]`)."""
         b, q = self.betas[place], self.powers[place]
-        young = q > 0
+        tensor = (b ** steps.to(q)).view(-1, 1)
+        young = (q > 0) & (q > tensor)  # a tensor that was reset alone may be younger than its unit
         if self.clock.mask is not None:
             young = young & self.clock.mask.view(-1, 1)
-        tensor = (b ** steps.to(q)).view(-1, 1)
         first = q >= b  # t = 1: nothing is remembered, whatever T
         factor_a = (1 - tensor) / (1 - tensor / b) * (1 - q / b) / (1 - q)
         factor_a = torch.where(young, torch.where(first, 0.0, factor_a), 1.0)

@@ -37,6 +37,8 @@ class Param:
             return " | ".join(self.choices)
         if isinstance(self.default, bool):
             return "true | false"
+        if isinstance(self.default, str):
+            return "a name"
         low = "" if self.low is None else f"{'>' if self.open_low else '>='} {self.low:g}"
         high = "" if self.high is None else f"<= {self.high:g}"
         return " and ".join(part for part in (low, high) if part) or "any number"
@@ -57,6 +59,8 @@ class Param:
             if str(value).lower() not in words:
                 raise wrong
             return words[str(value).lower()]
+        if isinstance(self.default, str):
+            return str(value)
         try:
             number = float(value.replace("_", "") if isinstance(value, str) else value)
         except (TypeError, ValueError):
@@ -92,6 +96,11 @@ class Entry:
 
 
 _NATURE = "Dohare et al. 2024, Nature 632 (arXiv 2306.13812)"
+_MOMENTS = Param(
+    "exact",
+    "the optimizer's averages of new units: stepped as newborn, only zeroed, or kept",
+    choices=("exact", "zero", "keep"),
+)
 
 METHODS: dict[str, Entry] = {
     entry.name: entry
@@ -134,6 +143,60 @@ METHODS: dict[str, Entry] = {
                     "Adam's averages of new units: stepped as newborn, or only zeroed",
                     choices=("exact", "zero"),
                 ),
+            },
+        ),
+        Entry(
+            "redo",
+            "redo",
+            "ReDo",
+            "recycles all dormant units (mean |activation| low in their layer) every so many steps",
+            "Sokar et al. 2023, ICML (arXiv 2302.12902)",
+            {
+                "threshold": Param(
+                    0.025, "share of the layer's average that is dormant; negative: never", -1.0
+                ),
+                "every": Param(1000, "optimizer steps between recyclings (100 in published PPO)", 1),
+                "batches": Param(1, "last minibatches of a period whose activity counts", 1),
+                "moments": _MOMENTS,
+                "reference": Param(
+                    "exact",
+                    "paper: as Dopamine (Xavier redraw, averages zeroed); nature: as the published "
+                    "PPO (Adam untouched, a layer of zeros left alone)",
+                    choices=("exact", "paper", "nature"),
+                ),
+            },
+        ),
+        Entry(
+            "snr",
+            "snr",
+            "SelfNormalizedResets",
+            "self-normalised resets: a unit silent for longer than is usual for it starts anew",
+            "Farias & Jozefiak 2025, ICLR (arXiv 2410.20098)",
+            {
+                "percentile": Param(
+                    0.99, "of a unit's silences that a reset must reach; 1: never", 0.0, 1.0, True
+                ),
+                "initial": Param(1000, "silent optimizer steps that reset a unit, at first", 1),
+                "every": Param(10_000, "optimizer steps between changes of that number", 1),
+                "minimum": Param(1, "lower bound of that number", 1),
+                "maximum": Param(100_000, "upper bound of that number", 1, 10_000_000),
+                "check": Param(100, "steps between looks for units that are due (paper: 1)", 1),
+                "moments": _MOMENTS,
+            },
+        ),
+        Entry(
+            "regrama",
+            "regrama",
+            "ReGraMa",
+            "recycles units whose gradients are small in their layer, every so many steps",
+            "Liu et al. 2025, NeurIPS (arXiv 2505.24061)",
+            {
+                "threshold": Param(
+                    0.01, "share of the layer's average that is inactive; negative: never", -1.0
+                ),
+                "every": Param(1000, "optimizer steps between recyclings", 1),
+                "batches": Param(10, "last minibatches of a period whose gradients count", 1),
+                "moments": _MOMENTS,
             },
         ),
         Entry(
