@@ -41,8 +41,11 @@ class Policy:
             envs.single_action_space,
             (seed,),  # type: ignore[arg-type]
         )
-        self._agent.load_state(0, tree["agent"])
-        envs.set_state(0, tree["environments"])  # type: ignore[attr-defined]
+        try:
+            self._agent.load_state(0, tree["agent"])
+            envs.set_state(0, tree["environments"])  # type: ignore[attr-defined]
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise UsageError(f"{run.path} was written by another version ({e})") from e
         #: The task that training had reached.
         self.task: int = envs.task_of(0)[0]  # type: ignore[attr-defined]
         envs.close()

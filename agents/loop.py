@@ -17,7 +17,6 @@ from perennial.agents.ppo import PPO
 from perennial.agents.record import SeedRecorder
 from perennial.agents.streams import environment_seeds
 from perennial.envs.vector import make_vec
-from perennial.plasticity import metrics
 
 Report = Callable[[dict[str, Any]], None]
 AGENTS: dict[str, Any] = {"ppo": PPO}
@@ -150,8 +149,7 @@ class Group:
         """Correlates of plasticity [S] on the last rollout's observations, when due, by tag."""
         if not self.recorders[0].metrics_due(self.episodes.env_steps):
             return {}
-        self.agent.probe()
-        measured = metrics.measure(self.agent.units)
+        measured = self.agent.measure()
         values = {
             f"plasticity/{key}": np.asarray(value, np.float64) for key, value in measured.items()
         }

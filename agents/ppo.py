@@ -32,7 +32,7 @@ from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import explained_variance, generalised_advantages
 from perennial.agents.streams import Streams
 from perennial.agents.tally import Tally
-from perennial.plasticity import attach, find_units, make
+from perennial.plasticity import attach, find_units, make, metrics
 from perennial.plasticity.adam import BatchedAdam
 
 _PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
@@ -88,6 +88,7 @@ class PPO:
         self.acting = Acting(self.net.policy) if written_out and on_cpu else None
         self.gradients: list[Tensor] = []
         self.flat: list[Tensor] = []
+        self.clip_scale: Tensor | None = None
         self.record = self.units.record if self.handle.observes else None
         # Two networks on two threads, one core each, beat matrix products split over two cores.
         self.aside = None
@@ -294,6 +295,7 @@ class PPO:
             self.flat = [g.view(len(self.seeds), 1, -1) for g in self.gradients]
         squares = torch.cat([torch.bmm(g, g.mT) for g in self.flat], dim=-1)  # [S, 1, tensors]
         scale = (limit / (squares.sum(-1).sqrt_().add_(1e-6))).clamp_(max=1.0)  # [S, 1]
+        self.clip_scale = scale
         if len(self.seeds) == 1:
             torch._foreach_mul_(self.gradients, scale[0, 0])
         else:
@@ -313,11 +315,17 @@ class PPO:
             "n_updates": self.updates.copy(),
         }
 
-    def probe(self) -> None:
-        """Record activations on a fixed number of the rollout's observations, for the metrics."""
+    def measure(self) -> dict[str, Tensor]:
+        """Correlates of plasticity [S] by key, on a fixed number of the rollout's observations."""
         rows = self.observations.flatten(1, 2)[:, :_PROBE_ROWS].to(self.device)
         with torch.no_grad(), self.units.recording():
             self.net(rows)
+        measured = metrics.measure(self.units)
+        if self.clip_scale is not None:  # gradients are told as they were before clipping
+            for key in measured:
+                if key.endswith("gradient_norm"):
+                    measured[key] = measured[key] / self.clip_scale[:, 0]
+        return measured
 
     # ---- state
     # -------------------------------------------------------------------------------------------
