@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from perennial.plasticity.copies import Init as Init
     from perennial.plasticity.optimizers import AdamEqualBetas as AdamEqualBetas
     from perennial.plasticity.probe import find_units as find_units
+    from perennial.plasticity.redo import ReDo as ReDo
     from perennial.plasticity.registry import make as make
     from perennial.plasticity.registry import parse_spec as parse_spec
+    from perennial.plasticity.regrama import ReGraMa as ReGraMa
     from perennial.plasticity.regularize import L2 as L2
+    from perennial.plasticity.snr import SelfNormalizedResets as SelfNormalizedResets
     from perennial.plasticity.units import Site as Site
     from perennial.plasticity.units import Units as Units
 
@@ -33,6 +36,9 @@ _EXPORTS = {
     "Init": "copies",
     "Intervention": "base",
     "L2": "regularize",
+    "ReDo": "redo",
+    "ReGraMa": "regrama",
+    "SelfNormalizedResets": "snr",
     "Site": "units",
     "Stage": "base",
     "Units": "units",

@@ -155,7 +155,7 @@ METHODS: dict[str, Entry] = {
                 "threshold": Param(
                     0.025, "share of the layer's average that is dormant; negative: never", -1.0
                 ),
-                "every": Param(1000, "optimizer steps between recyclings (100 in published PPO)", 1),
+                "every": Param(1000, "optimizer steps between recyclings (published PPO: 100)", 1),
                 "batches": Param(1, "last minibatches of a period whose activity counts", 1),
                 "moments": _MOMENTS,
                 "reference": Param(

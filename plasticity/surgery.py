@@ -7,8 +7,6 @@ list whose length depends on values: nothing here asks the device anything, shap
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,40 +20,31 @@ if TYPE_CHECKING:
     from perennial.plasticity.moments import Moments
 
 
-@dataclass(frozen=True, eq=False)
 class Selection:
     """Units of one site: slot j of copy s is unit `index[s, j]`, recycled where `chosen[s, j]`.
 
-    The units of one copy's slots are distinct.
+    Attributes:
+        position: of the site among the units' sites.
+        index: int64 `[S, K]`; the slots of one copy are distinct units.
+        chosen: bool `[S, K]`.
+        count: how many units of each copy, int64 `[S]`.
+        gone: 1 for units that are recycled, else 0: `[S, n]`, dtype of the weights.
+        kept: 1 - gone.
     """
 
-    position: int  # of the site among the units' sites
-    site: Site
-    index: Tensor  # int64 [S, K]
-    chosen: Tensor  # bool [S, K]
+    def __init__(self, position: int, site: Site, index: Tensor, chosen: Tensor) -> None:
+        self.position, self.site, self.index, self.chosen = position, site, index, chosen
+        weight = site.producer.weight
+        self.count = chosen.sum(-1)
+        zeros = weight.new_zeros(weight.shape[:2])
+        self.gone = zeros.scatter_(1, index, chosen.to(weight.dtype))
+        self.kept = 1 - self.gone
 
     @staticmethod
     def from_mask(position: int, site: Site, mask: Tensor) -> Selection:
         """All units of the site as slots, recycled where `mask` `[S, n]`."""
         index = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
         return Selection(position, site, index, mask)
-
-    @cached_property
-    def count(self) -> Tensor:
-        """How many units of each copy: int64 `[S]`."""
-        return self.chosen.sum(-1)
-
-    @cached_property
-    def gone(self) -> Tensor:
-        """1 for units that are recycled, else 0: `[S, n]`, dtype of the weights."""
-        weight = self.site.producer.weight
-        zeros = weight.new_zeros(weight.shape[:2])
-        return zeros.scatter_(1, self.index, self.chosen.to(weight.dtype))
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """1 - gone."""
-        return 1 - self.gone
 
 
 def recycle(
@@ -65,6 +54,7 @@ def recycle(
     *,
     treatment: str = "exact",
     means: Sequence[Tensor] | None = None,
+    init: Init | None = None,
 ) -> None:
     """Give the selected units of all sites a new life.
 
@@ -79,6 +69,7 @@ def recycle(
         treatment: what happens to it, see `Moments.recycled`.
         means: mean activation `[S, n, k]` per selection: the consumers' biases take over what the
             units gave on average. None leaves them.
+        init: how to draw; None for each layer's own.
 
     Source: Dohare et al. 2024 (Nature 632). Their code's compensation has no effect, because it
     clears the mean first.
@@ -87,7 +78,7 @@ def recycle(
         for selection, mean in zip(selections, means, strict=True):
             _compensate(selection, mean)
     for selection in selections:
-        _renew(selection, stream.fold(selection.position + 1))
+        _renew(selection, stream.fold(selection.position + 1), init)
     for selection in selections:  # after all fresh rows: zero wins
         for consumer in selection.site.consumers:
             silence_columns(consumer.layer.weight, consumer.columns, selection.kept)
@@ -134,11 +125,11 @@ def _compensate(selection: Selection, mean: Tensor) -> None:
         bias.add_(torch.bmm(weight, features.unsqueeze(-1)).squeeze(-1))
 
 
-def _renew(selection: Selection, stream: Stream) -> None:
+def _renew(selection: Selection, stream: Stream, init: Init | None) -> None:
     """Fresh incoming weights, initial bias, neutral norm."""
     site, index, chosen = selection.site, selection.index, selection.chosen
     layer = site.producer
-    weight, bias, init = layer.weight, layer.bias, layer.init
+    weight, bias, init = layer.weight, layer.bias, init or layer.init
     rows = fresh_rows(layer, init, stream.fold(1), index.shape[1])
     set_slots(weight, index, chosen, rows.view(*index.shape, *weight.shape[2:]))
     if bias is not None:
