@@ -14,15 +14,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from perennial.plasticity import registry
-from perennial.plasticity.base import Intervention, Stage
-from perennial.plasticity.fit import check_together
+from perennial.plasticity.base import Intervention
+from perennial.plasticity.fit import REWRITERS, check_together
 from perennial.plasticity.units import WEIGHTED, Units
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,38 +49,23 @@ _NONLINEAR = (
 )
 
 
-class Rewriter(Intervention):
-    """A method that changes the network; most do nothing else.
-
-    It is an intervention like any other, so that every list of methods may name it; attached to a
-    network that was not rewritten it refuses. Networks are marked by name in `rewritten_by`.
-    """
-
-    rewrites: ClassVar[bool] = True
-    stage: ClassVar[Stage] = Stage.OPTIMIZER
-    turn: ClassVar[int] = 2  # among several: 0 replaces trunks, 1 resizes layers, 2 adds norms
-
-    def rewrite(
-        self, net: nn.Sequential, generators: Sequence[torch.Generator] | None = None
-    ) -> bool:
-        """Change one trunk in place; False where it has no hidden layer to change."""
-        raise ValueError(f"{type(self).__name__} does not say how it rewrites a network")
-
-    def bind(self, units: Units, optimizer: Optimizer) -> None:
-        marks = [getattr(m, "rewritten_by", ()) for m in units.model.modules()]
-        if not any(self.name in mark for mark in marks):
-            raise ValueError(
-                f"{self.name} changes the network: call rewrite(model, {self.name!r}) before the "
-                f"optimizer and find_units"
-            )
-
-
-def rewriters(methods: Sequence[Intervention | str] | Intervention | str) -> list[Rewriter]:
+def rewriters(methods: Sequence[Intervention | str] | Intervention | str) -> list[Intervention]:
     """Those of the methods (or specs) that change the network, in the order in which they do."""
     if isinstance(methods, Intervention | str):
         methods = [methods]
     made = [registry.make(m) if isinstance(m, str) else m for m in methods]
-    return sorted((m for m in made if isinstance(m, Rewriter)), key=lambda m: m.turn)
+    order = {name: turn for turn, name in enumerate(REWRITERS)}
+    return sorted((m for m in made if m.rewrites), key=lambda m: order.get(m.name, len(order)))
+
+
+def require_rewritten(method: Intervention, units: Units) -> None:
+    """One line when a method that changes networks is attached to one that it has not changed."""
+    marks = [getattr(module, "rewritten_by", ()) for module in units.model.modules()]
+    if not any(method.name in mark for mark in marks):
+        raise ValueError(
+            f"{method.name} changes the network: call rewrite(model, {method.name!r}) before the "
+            f"optimizer and find_units"
+        )
 
 
 def rewrite(

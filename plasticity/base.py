@@ -26,7 +26,7 @@ from perennial.plasticity.surgery import Selection, recycle
 from perennial.plasticity.units import Units
 
 FRESH = 2  # word of the stream of fresh weights under a method's key
-HOOKS = ("bind", "before_step", "after_step", "on_change")
+HOOKS = ("rewrite", "bind", "before_step", "after_step", "on_change")
 
 
 class Stage(enum.IntEnum):
@@ -68,6 +68,7 @@ class Intervention(nn.Module):
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = Stage.RECYCLE
     observes: ClassVar[bool] = False  # needs activations of training forwards
+    rewrites: ClassVar[bool] = False  # changes the network itself (architecture.py)
     # before_step only reads gradients, and before penalties of others join them.
     reads_gradients: ClassVar[bool] = False
     clock: Clock
@@ -90,6 +91,16 @@ class Intervention(nn.Module):
                     f"{cls.__name__}.{attribute} is no hook; {advice}hooks are {', '.join(HOOKS)} "
                     f"(helpers start with an underscore)"
                 )
+
+    def rewrite(
+        self, net: nn.Sequential, generators: Sequence[torch.Generator] | None = None
+    ) -> bool:
+        """Change one trunk in place, before it has an optimizer; False where it has nothing to
+        change. Called by `architecture.rewrite`, only for methods with `rewrites`.
+
+        generators: one per copy, for batched layers that are drawn anew; None: torch's own.
+        """
+        return False
 
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         """Allocate state from the wiring; called once by `attach`."""
@@ -327,8 +338,8 @@ def _check_targets(model: nn.Module, targets: Sequence[nn.Module]) -> None:
         for name in own.keys() | other.keys():
             if own.get(name) != other.get(name):
                 raise ValueError(
-                    f"{type(model).__name__} and its target differ in {name!r}: give targets of the "
-                    f"same structure as the model of find_units"
+                    f"{type(model).__name__} and its target differ in {name!r}: give targets of "
+                    f"the same structure as the model of find_units"
                 )
 
 

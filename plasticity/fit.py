@@ -10,7 +10,8 @@ from typing import Any
 
 ACTIVATIONS = ("crelu", "fourier")  # put their own nonlinearity in place
 NORMS = ("layer-norm", "nap")
-REWRITERS = ("layer-norm", "crelu", "fourier", "nap", "simba")
+REWRITERS = ("simba", "crelu", "fourier", "layer-norm", "nap")  # in the order they are applied
+HOMOGENEOUS = ("relu", "leaky-relu")  # phi(c x) = c phi(x) for c > 0
 
 
 def check_together(names: Sequence[str]) -> None:
@@ -28,14 +29,17 @@ def check_together(names: Sequence[str]) -> None:
                 raise ValueError(f"simba brings its own layers; leave {name} or simba out")
 
 
-def check_widths(methods: Mapping[str, Mapping[str, Any]], widths: Sequence[int]) -> None:
-    """One line where a method does not fit hidden layers of these widths.
+def check_network(
+    methods: Mapping[str, Mapping[str, Any]], widths: Sequence[int], activation: str
+) -> None:
+    """One line where a method does not fit a multilayer perceptron.
 
     Args:
         methods: name -> parameters that were given.
         widths: units of the hidden layers, in order.
+        activation: its nonlinearity, spelled as our agents do.
 
-    >>> check_widths({"crelu": {}}, (256, 128))
+    >>> check_network({"crelu": {}}, (256, 128), "relu")
     """
     check_together(list(methods))
     for name in ACTIVATIONS:
@@ -44,6 +48,8 @@ def check_widths(methods: Mapping[str, Mapping[str, Any]], widths: Sequence[int]
                 check_even(name, width)
     if "simba" in methods:
         check_equal(widths)
+    if methods.get("nap", {}).get("gains") == "project" and "crelu" not in methods:
+        check_homogeneous(activation if "fourier" not in methods else "fourier", HOMOGENEOUS)
 
 
 def check_even(name: str, width: int) -> None:
@@ -61,4 +67,13 @@ def check_equal(widths: Sequence[int]) -> None:
         raise ValueError(
             f"simba has one width, and the hidden layers have {', '.join(map(str, widths))}; make "
             f"them equal"
+        )
+
+
+def check_homogeneous(activation: str, known: Sequence[str]) -> None:
+    """Gains can be projected only where the nonlinearity passes a scale on."""
+    if activation not in known:
+        raise ValueError(
+            f"nap:gains=project needs a nonlinearity that passes a scale on ({', '.join(known)}, "
+            f"crelu), not {activation}; take gains=decay"
         )

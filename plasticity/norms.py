@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from perennial.plasticity.architecture import Rewriter, Trunk
+from perennial.plasticity.architecture import Trunk, require_rewritten
+from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.copies import BatchedLinear
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.units import CONVOLUTIONS
+from perennial.plasticity.units import CONVOLUTIONS, Units
 
 
 class BatchedLayerNorm(nn.Module):
@@ -80,7 +82,7 @@ def norm_after(layer: nn.Module, affine: bool = True) -> nn.Module:
     return norm.to(weight.device, weight.dtype)
 
 
-class LayerNormalization(Rewriter):
+class LayerNormalization(Intervention):
     """Layer normalisation of the pre-activations of every hidden layer.
 
     Lyle et al. 2024, Disentangling the Causes of Plasticity Loss (arXiv 2402.18762); the layer: Ba,
@@ -95,6 +97,8 @@ class LayerNormalization(Rewriter):
     """
 
     name: ClassVar[str] = "layer-norm"
+    stage: ClassVar[Stage] = Stage.PROJECT  # it never acts
+    rewrites: ClassVar[bool] = True
 
     def __init__(self, affine: bool = default("layer-norm", "affine")) -> None:
         super().__init__()
@@ -110,3 +114,6 @@ class LayerNormalization(Rewriter):
                 trunk.places[hidden.at].append(norm_after(hidden.layer, self.affine))
         trunk.write()
         return bool(trunk.hidden)
+
+    def bind(self, units: Units, optimizer: Optimizer) -> None:
+        require_rewritten(self, units)

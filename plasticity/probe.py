@@ -118,7 +118,7 @@ class _Probe:
             for module in model.modules():
                 if isinstance(module, _NORMS) or getattr(module, "normalizes_units", False):
                     hooks.callback(module.register_forward_hook(self.bypass).remove)
-                elif isinstance(module, _NONNEGATIVE):
+                elif isinstance(module, _NONNEGATIVE) or getattr(module, "nonnegative", False):
                     hooks.callback(module.register_forward_hook(self.rectify).remove)
             for start in range(0, self.n, _ROWS):
                 self.calls = 0

@@ -230,6 +230,81 @@ METHODS: dict[str, Entry] = {
             "Lyle et al. 2024 (arXiv 2402.18762); Ba et al. 2016 (arXiv 1607.06450)",
             {"affine": Param(True, "learn a gain and an offset per unit")},
         ),
+        Entry(
+            "crelu",
+            "paired",
+            "ConcatenatedReLU",
+            "[relu(x), relu(-x)] as nonlinearity: no unit can die (changes the network)",
+            "Abbas et al. 2023 (arXiv 2303.07507); Shang et al. 2016 (arXiv 1603.05201)",
+            {
+                "width": Param(
+                    "halve",
+                    "units of a layer: halve them to give as many features as before, or keep them",
+                    choices=("halve", "keep"),
+                ),
+            },
+        ),
+        Entry(
+            "fourier",
+            "paired",
+            "FourierFeatures",
+            "[sin(x), cos(x)] as nonlinearity: deep Fourier features (changes the network)",
+            "Lewandowski et al. 2025 (arXiv 2410.20634)",
+            {
+                "width": Param(
+                    "halve",
+                    "units of a layer: halve them to give as many features as before, or keep them",
+                    choices=("halve", "keep"),
+                ),
+            },
+        ),
+        Entry(
+            "nap",
+            "projection",
+            "NormalizeAndProject",
+            "layer norms, and weights held at their initial norm (changes the network)",
+            "Lyle et al. 2024 (arXiv 2407.01800)",
+            {
+                "gains": Param(
+                    "decay",
+                    "gains and offsets of the norms: pulled to 1 and 0, projected, or none",
+                    choices=("decay", "project", "fixed"),
+                ),
+                "decay": Param(1e-3, "share of the way to 1 and 0 per projection", 0.0, 1.0),
+                "every": Param(1, "optimizer steps between projections; 0: never", 0),
+            },
+        ),
+        Entry(
+            "weight-norm",
+            "projection",
+            "WeightNorm",
+            "weight matrices are held at their initial Frobenius norm",
+            "Lyle et al. 2024 (arXiv 2402.18762)",
+            {
+                "per": Param(
+                    "layer",
+                    "one norm per layer, or per unit's incoming weights",
+                    choices=("layer", "unit"),
+                ),
+                "scope": Param(
+                    "hidden", "hidden layers, or the output layers too", choices=("hidden", "all")
+                ),
+                "scale": Param(1.0, "times the initial norm", 0.0, open_low=True),
+                "every": Param(1, "optimizer steps between projections; 0: never", 0),
+            },
+        ),
+        Entry(
+            "simba",
+            "simba",
+            "SimBa",
+            "residual trunk with normalised branches, or on the unit sphere (changes the network)",
+            "Lee et al. 2025 (arXiv 2410.09754); version 2: arXiv 2502.15280",
+            {
+                "version": Param(1, "1: SimBa, 2: SimbaV2", 1, 2),
+                "blocks": Param(0, "residual blocks; 0: hidden layers less one, at least one", 0),
+                "expansion": Param(4, "width inside a block, times the trunk's", 1),
+            },
+        ),
     )
 }
 
