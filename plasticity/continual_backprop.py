@@ -13,7 +13,7 @@ from perennial.plasticity import draws
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.surgery import Selection
-from perennial.plasticity.units import Site, Units
+from perennial.plasticity.units import Site, Units, sum_rows
 
 _WINDOW = 64  # steps of coins that the host looks up at once
 _COIN, _LOT = 1, 3  # streams of this method beside that of fresh weights (base.FRESH)
@@ -165,7 +165,7 @@ class ContinualBackprop(Intervention):
         for (_, site, _), part in zip(self._sites, parts, strict=True):
             h = site.activation if part.ndim == 2 else site.features
             rows.add(h.shape[1])
-            torch.sum(h.abs() if magnitude else h, 1, out=part)
+            sum_rows(h.abs() if magnitude else h, part)
         if len(rows) == 1:
             vector.mul_(1 / rows.pop())
             return

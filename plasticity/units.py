@@ -22,6 +22,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTED = (nn.Linear, *CONVOLUTIONS, BatchedLinear)
 
 
+def sum_rows(x: Tensor, out: Tensor) -> Tensor:
+    """Sum over axis 1 into a part of a vector, which compilers do not take as `out=`."""
+    if torch.compiler.is_compiling():
+        return out.copy_(x.sum(1))
+    return torch.sum(x, 1, out=out)
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A linear or convolutional layer: `name` in the model, `key` (`policy/0`) in tags."""
@@ -207,7 +214,7 @@ class Site:
     def outgoing_sum(self, out: Tensor | None = None) -> Tensor:
         """Sum of |outgoing weight|, `[S, n, k]`, or written to `out`, `[S, n]` where k = 1."""
         if self._plain and out is not None and len(self.consumers) == 1:
-            return torch.sum(self.consumers[0].layer.weight.abs(), 1, out=out)
+            return sum_rows(self.consumers[0].layer.weight.abs(), out)
         sums = self._outgoing_sum()
         return sums if out is None else out.copy_(sums.squeeze(-1) if out.ndim == 2 else sums)
 
