@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from perennial.plasticity.copies import BatchedLinear
 
 _SB3_COUNT = 1e-4  # weight of the variance of 1 that the statistics start from
-# How an optimizer's state follows a gradient that is k times as large.
-_LINEAR = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
-_SQUARE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+# Power of k by which an optimizer's averages grow where gradients become k times as large.
+_POWER = {
+    "exp_avg": 1, "momentum_buffer": 1, "grad_avg": 1, "exp_inf": 1,
+    "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2,
+}  # fmt: skip
 
 
 class PopArt(nn.Module):
@@ -106,10 +108,11 @@ class PopArt(nn.Module):
             for parameter, offset in ((head.weight, None), (head.bias, shift)):
                 _rescale(parameter.detach(), head, ratio, offset)
                 state = {} if optimizer is None else optimizer.state.get(parameter, {})
-                for names, factor in ((_LINEAR, ratio), (_SQUARE, ratio.square())):
-                    for name in names:
-                        if isinstance(state.get(name), Tensor):
-                            _rescale(state[name], head, factor, None)
+                for name, value in state.items():
+                    if name == "momentum_buffer" and "square_avg" in state:
+                        continue  # RMSprop's is of gradients over their root mean square
+                    if name in _POWER and isinstance(value, Tensor):
+                        _rescale(value, head, ratio ** _POWER[name], None)
 
 
 def _lead(x: Tensor, like: Tensor) -> Tensor:
