@@ -49,10 +49,9 @@ def train_group(
     begun, begun_steps = time.monotonic(), episodes.env_steps
     try:
         while episodes.env_steps < config.steps and not stopping():
-            with clock("collect"):
-                agent.collect(envs, episodes)
-            with clock("update"):
-                losses = agent.update(progress=min(1.0, episodes.env_steps / config.steps))
+            losses = agent.advance(envs, episodes, clock, stopping)
+            if episodes.env_steps % config.rollout:
+                break  # stopped between two points of the log
             group.check(losses)
             with clock("metrics"):
                 correlates = group.measure()

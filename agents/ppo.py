@@ -15,7 +15,9 @@ rounding).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -132,6 +134,19 @@ class PPO:
             return self.acting.forward(observations)
         with torch.no_grad():
             return self.net.policy(torch.from_numpy(observations).to(self.device)).cpu().numpy()
+
+    def advance(
+        self,
+        envs: gym.vector.VectorEnv,
+        episodes: Episodes,
+        clock: Callable[[str], AbstractContextManager[None]],
+        stopping: Callable[[], bool],
+    ) -> dict[str, np.ndarray]:
+        """One whole rollout and what is learned from it: `train/*` values [S]."""
+        with clock("collect"):
+            self.collect(envs, episodes)
+        with clock("update"):
+            return self.update(min(1.0, episodes.env_steps / self.config.steps))
 
     def collect(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
         """Play one rollout of n_steps per lane into the buffers; its episodes go to `episodes`."""
