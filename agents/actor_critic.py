@@ -10,6 +10,7 @@ from perennial.agents.config import PPOConfig
 from perennial.agents.distributions import Gaussian
 from perennial.agents.networks import MLP
 from perennial.agents.streams import torch_generator
+from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import Init
 
 
@@ -26,6 +27,8 @@ class ActorCritic(nn.Module):
         copies, arch, activation = len(seeds), config.net_arch, config.activation
         self.policy = MLP(copies, (n_obs, *arch, n_act), activation, hidden, policy_out, generators)
         self.value = MLP(copies, (n_obs, *arch, 1), activation, hidden, value_out, generators)
+        for net in (self.policy, self.value):
+            rewrite(net, config.interventions, generators=generators)
         self.distribution = Gaussian(copies, n_act, config.log_std_init)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,21 @@ class PPOConfig(Config):
                 "a rollout of 1 step leaves no spread to standardise advantages by; "
                 "take n_steps of 2 or more, or advantage_norm=none"
             )
+        _check_network(self.plasticity, self.net_arch, self.activation)
         super().validate()
+
+
+def _check_network(specs: tuple[str, ...], widths: tuple[int, ...], activation: str) -> None:
+    """Whether the methods that change networks fit ours, and each other."""
+    if not specs:
+        return
+    from perennial.plasticity.fit import check_network
+    from perennial.plasticity.registry import parse_spec
+
+    try:
+        check_network(dict(map(parse_spec, specs)), widths, activation)
+    except ValueError as error:
+        raise UsageError(f"plasticity: {error}") from None
 
 
 def _near_divisors(total: int, wanted: int) -> str:

@@ -37,6 +37,13 @@ def project(weight: Tensor, radius: Tensor, due: Tensor) -> None:
     weight.mul_(factor.view(*factor.shape, *[1] * (weight.ndim - radius.ndim)))
 
 
+def with_targets(layer: Layer, targets: Sequence[nn.Module]) -> list[Layer]:
+    """The layer and its likes in target networks: an average of weights is shorter than they are,
+    so a target that follows them would drift below their norm."""
+    likes = [target.get_submodule(layer.name) for target in targets]
+    return [layer, *(Layer(layer.name, layer.key, like) for like in likes)]
+
+
 class NormalizeAndProject(Intervention):
     """Layer norm before every nonlinearity, and each weight matrix at its initial Frobenius norm.
 
@@ -45,7 +52,8 @@ class NormalizeAndProject(Intervention):
     that the projection changes no prediction; what it changes is the effective learning rate, which
     would fall as weights grow. Agents that relied on that fall want an explicit schedule
     (`--lr-schedule linear`). Layers lose their bias (the norm has offsets). The output layer is
-    neither normalised nor projected. Adam's state is left alone.
+    neither normalised nor projected. Adam's state is left alone. Weights of target networks are
+    projected too.
 
     Args:
         gains: gain g and offset b of the norms: "decay" them towards (1, 0), "project" each layer's
@@ -73,7 +81,7 @@ class NormalizeAndProject(Intervention):
         super().__init__()
         check(self.name, {"gains": gains, "decay": decay, "every": every})
         self.gains, self.decay, self.every = gains, decay, every
-        self._layers: list[Layer] = []
+        self._layers: list[list[Layer]] = []  # each with its likes in targets
         self._affine: list[tuple[Tensor, Tensor]] = []  # gain and offset `[S, n]`
 
     def rewrite(
@@ -100,13 +108,14 @@ class NormalizeAndProject(Intervention):
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         require_rewritten(self, units)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
-        self._layers = [
+        layers = [
             layer
             for layer in units.layers
             if getattr(layer.module, "scale_free", False) and layer.module.weight in owned
         ]
+        self._layers = [with_targets(layer, self.targets) for layer in layers]
         self._affine = [] if self.gains == "fixed" else list(_affine(units))
-        radii = [norm_of(layer.weight, 1) for layer in self._layers]
+        radii = [norm_of(layer.weight, 1) for layer in layers]
         shape = (self.clock.copies, 0)
         radius = torch.stack(radii, 1) if radii else torch.zeros(shape, device=units.device)
         self.register_buffer("radius", radius)
@@ -115,8 +124,9 @@ class NormalizeAndProject(Intervention):
         due = None if self.every == 0 else self.clock.due(self.every)
         if due is None:
             return
-        for place, layer in enumerate(self._layers):
-            project(layer.weight, self.radius[:, place], due)
+        for place, layers in enumerate(self._layers):
+            for layer in layers:
+                project(layer.weight, self.radius[:, place], due)
         for gain, offset in self._affine:
             if self.gains == "project":
                 squares = gain.square().sum(-1) + offset.square().sum(-1)
@@ -150,7 +160,7 @@ class WeightNorm(Intervention):
     Lyle et al. 2024, Disentangling the Causes of Plasticity Loss (arXiv 2402.18762): stops the
     growth of weights; they find that it can slow learning where nothing normalises the features.
     Not the reparametrisation of Salimans & Kingma 2016. Biases and the optimizer's state are left
-    alone.
+    alone, weights of target networks projected too.
 
     Args:
         per: one norm per "layer", or one per "unit" (its incoming weights).
@@ -173,23 +183,25 @@ class WeightNorm(Intervention):
         super().__init__()
         check(self.name, {"per": per, "scope": scope, "scale": scale, "every": every})
         self.per, self.scope, self.scale, self.every = per, scope, scale, every
-        self._layers: list[Layer] = []
+        self._layers: list[list[Layer]] = []  # each with its likes in targets
 
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         hidden = {site.producer.name for site in units}
-        self._layers = [
+        layers = [
             layer
             for layer in units.layers
             if layer.module.weight in owned and (self.scope == "all" or layer.name in hidden)
         ]
+        self._layers = [with_targets(layer, self.targets) for layer in layers]
         axes = 2 if self.per == "unit" else 1
-        for place, layer in enumerate(self._layers):
+        for place, layer in enumerate(layers):
             self.register_buffer(f"radius_{place}", norm_of(layer.weight, axes) * self.scale)
 
     def after_step(self) -> None:
         due = None if self.every == 0 else self.clock.due(self.every)
         if due is None:
             return
-        for place, layer in enumerate(self._layers):
-            project(layer.weight, self.get_buffer(f"radius_{place}"), due)
+        for place, layers in enumerate(self._layers):
+            for layer in layers:
+                project(layer.weight, self.get_buffer(f"radius_{place}"), due)
