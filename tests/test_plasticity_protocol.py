@@ -256,7 +256,7 @@ def test_state_is_in_buffers_with_the_copies_axis_and_not_in_parameters(spec: st
 def test_misspelt_hooks_are_refused_when_the_class_is_made() -> None:
     with pytest.raises(ValueError, match=r"Wrong\.after_setp is no hook; did you mean 'after_s"):
         type("Wrong", (Intervention,), {"after_setp": lambda self: None})
-    with pytest.raises(ValueError, match=r"on_task is no hook; .*hooks are bind, before_step"):
+    with pytest.raises(ValueError, match=r"on_task is no hook; .*before_step, after_step"):
         type("Wrong", (Intervention,), {"on_task": lambda self: None})
 
     class Right(Intervention):
