@@ -102,6 +102,19 @@ _MOMENTS = Param(
     choices=("exact", "zero", "keep"),
 )
 
+_CHANGE = Param(False, "also when the host tells of a change")
+_TIMES = Param(0, "at most so many per copy; 0: any number", 0)
+_TARGET = Param("copy", "target networks become equal, or stay", choices=("copy", "keep"))
+
+
+def _every(steps: int, what: str) -> Param:
+    return Param(
+        steps,
+        f"optimizer steps between {what}, 0: none; under PPO a multiple of the steps per rollout",
+        0,
+    )
+
+
 METHODS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -215,6 +228,84 @@ METHODS: dict[str, Entry] = {
             },
         ),
         Entry(
+            "weight-decay",
+            "regularize",
+            "WeightDecay",
+            "decoupled weight decay: weights shrink by learning rate * strength, as in AdamW",
+            "Loshchilov & Hutter 2019, ICLR (arXiv 1711.05101)",
+            {
+                "strength": Param(1e-2, "share per step, in learning rates", 0.0),
+                "scope": Param(
+                    "weights",
+                    "weight matrices; biases of layers too; all parameters of the optimizer",
+                    choices=("weights", "layers", "all"),
+                ),
+            },
+        ),
+        Entry(
+            "l2-init",
+            "l2_init",
+            "L2Init",
+            "pull towards the initial weights (regenerative regularisation)",
+            "Kumar et al. 2024, CoLLAs (arXiv 2308.11958); W2: arXiv 2312.00246",
+            {
+                "strength": Param(1e-3, "gradient per distance from the initial weight", 0.0),
+                "distance": Param(
+                    "l2",
+                    "squared; absolute; unsquared norm over all; squared in sorted order",
+                    choices=("l2", "l1", "norm", "wasserstein"),
+                ),
+                "scope": Param(
+                    "layers",
+                    "weights and biases of layers; weight matrices; all of the optimizer",
+                    choices=("layers", "weights", "all"),
+                ),
+                "decoupled": Param(False, "move the weights by learning rate * pull instead"),
+                "average": Param(False, "divide each tensor's pull by its number of entries"),
+                "resample": Param(False, "towards a fresh initial draw at each step"),
+                "every": Param(100, "optimizer steps between sorts (wasserstein); 1: exact", 1),
+            },
+        ),
+        Entry(
+            "spectral",
+            "spectral",
+            "Spectral",
+            "keeps every layer's largest singular value near 1, biases near 0",
+            "Lewandowski et al. 2025, ICLR (arXiv 2406.06811)",
+            {
+                "strength": Param(1e-3, "of (sigma^exponent - 1)^2 per layer", 0.0),
+                "exponent": Param(2.0, "of the singular value", 1.0),
+                "biases": Param(True, "also |bias|^(2 exponent), and norms' gains to 1"),
+            },
+        ),
+        Entry(
+            "parseval",
+            "parseval",
+            "Parseval",
+            "keeps the rows of hidden layers orthogonal and of equal length",
+            "Chung et al. 2024, NeurIPS (arXiv 2412.07224)",
+            {
+                "strength": Param(1e-3, "of (64 / width)^2 |W W^T - scale I|^2 per layer", 0.0),
+                "scale": Param(0.0, "squared row norm aimed at; 0: as in the initial weights", 0.0),
+                "groups": Param(1, "rows are orthogonal within this many groups of rows", 1),
+                "normalize": Param(False, "constrain angles only: rows divided by their norm"),
+                "every": Param(16, "optimizer steps between gradients (held between); 1: exact", 1),
+            },
+        ),
+        Entry(
+            "infer",
+            "infer",
+            "InFeR",
+            "initial feature regularisation: heads must predict those of the initial network",
+            "Lyle et al. 2022, ICLR (arXiv 2204.09560)",
+            {
+                "strength": Param(5e-3, "of the squared error, summed over heads", 0.0),
+                "heads": Param(10, "linear heads on the last hidden layer", 1),
+                "scale": Param(100.0, "the initial heads' outputs are multiplied by this"),
+                "every": Param(16, "optimizer steps between gradients (held between); 1: exact", 1),
+            },
+        ),
+        Entry(
             "adam-equal-betas",
             "optimizers",
             "AdamEqualBetas",
@@ -303,6 +394,117 @@ METHODS: dict[str, Entry] = {
                 "version": Param(1, "1: SimBa, 2: SimbaV2", 1, 2),
                 "blocks": Param(0, "residual blocks; 0: hidden layers less one, at least one", 0),
                 "expansion": Param(4, "width inside a block, times the trunk's", 1),
+            },
+        ),
+        Entry(
+            "shrink-perturb",
+            "shrink_perturb",
+            "ShrinkPerturb",
+            "weights shrink and fresh noise joins them, now and then or every step",
+            "Ash & Adams 2020 (arXiv 1910.08475); D'Oro et al. 2023; arXiv 2305.19452, 2405.19153",
+            {
+                "shrink": Param(0.8, "factor of the weights", 0.0, 1.0),
+                "noise": Param(0.2, "factor of the noise", 0.0),
+                "every": _every(40_000, "events"),
+                "change": _CHANGE,
+                "times": _TIMES,
+                "draw": Param(
+                    "init",
+                    "the noise: drawn as the layers were initialised, standard normal, or the "
+                    "initial weights",
+                    choices=("init", "normal", "initial"),
+                ),
+                "scope": Param(
+                    "layers",
+                    "weight matrices; biases of layers too; or all parameters",
+                    choices=("weights", "layers", "all"),
+                ),
+                "head": Param(
+                    "shrink",
+                    "output layers do as the others, start anew, or stay",
+                    choices=("shrink", "reset", "keep"),
+                ),
+                "adapt": Param(
+                    "none",
+                    "dormancy: shrink by 1 - 2 dormant fractions, at most to 0.2 and at least by "
+                    "`shrink`",
+                    choices=("none", "dormancy"),
+                ),
+                "optimizer": Param("keep", "its state at events", choices=("keep", "reset")),
+            },
+        ),
+        Entry(
+            "reset",
+            "resets",
+            "Reset",
+            "all parameters and the optimizer start anew; for agents with a replay buffer",
+            "Nikishin et al. 2022 (arXiv 2205.07802)",
+            {
+                "every": _every(200_000, "resets"),
+                "change": _CHANGE,
+                "times": _TIMES,
+                "net": Param("all", "part of the model that is reset, by name"),
+                "optimizer": Param("reset", "its state at resets", choices=("reset", "keep")),
+                "target": _TARGET,
+            },
+        ),
+        Entry(
+            "head-reset",
+            "resets",
+            "HeadReset",
+            "output layers start anew, features stay",
+            "Nikishin et al. 2022 (arXiv 2205.07802); Nature 632",
+            {
+                "every": _every(40_000, "resets"),
+                "change": _CHANGE,
+                "times": _TIMES,
+                "net": Param("all", "part of the model whose heads are reset, by name"),
+                "depth": Param(1, "layers from the output back that make a head", 1),
+                "to": Param("init", "drawn as at the start, or zero", choices=("init", "zero")),
+                "optimizer": Param("reset", "its state of the head", choices=("reset", "keep")),
+                "target": _TARGET,
+            },
+        ),
+        Entry(
+            "optimizer-reset",
+            "resets",
+            "OptimizerReset",
+            "moments and step count of the optimizer start anew, weights stay",
+            "Asadi et al. 2023 (arXiv 2306.17833); Adam-Rel: arXiv 2412.17113",
+            {
+                "every": _every(2560, "resets"),
+                "change": _CHANGE,
+                "times": _TIMES,
+                "what": Param(
+                    "all", "moments and step count, or the count alone", choices=("all", "step")
+                ),
+            },
+        ),
+        Entry(
+            "injection",
+            "injection",
+            "PlasticityInjection",
+            "the head freezes and a fresh one learns what to add, predictions unchanged",
+            "Nikishin et al. 2023 (arXiv 2305.15555)",
+            {
+                "every": _every(200_000, "injections"),
+                "change": _CHANGE,
+                "times": Param(1, "at most so many; each adds two frozen heads", 1, 100),
+                "depth": Param(2, "layers from the output back that make a head", 1),
+                "net": Param("all", "part of the model whose heads are injected, by name"),
+            },
+        ),
+        Entry(
+            "hare-tortoise",
+            "hare_tortoise",
+            "HareTortoise",
+            "now and then the network takes over the running average of its own weights",
+            "Lee et al. 2024 (arXiv 2406.02596)",
+            {
+                "every": _every(16_000, "events"),
+                "momentum": Param(0.999, "of the running average", 0.0, 1.0),
+                "change": _CHANGE,
+                "optimizer": Param("keep", "its state at events", choices=("keep", "reset")),
             },
         ),
     )
