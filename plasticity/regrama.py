@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from perennial.plasticity import dormancy
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.units import Layer, Units
+from perennial.plasticity.units import Site, Units
 
 
 class ReGraMa(Intervention):
@@ -21,9 +22,9 @@ class ReGraMa(Intervention):
     A unit's score is the mean |gradient| of its incoming weights and bias, relative to the average
     of its layer. Every `every` steps units whose score, averaged over the last `batches`
     minibatches, is at most `threshold` get fresh incoming weights, their initial bias and silent
-    outgoing weights. It finds units that saturate, which activity does not show, and works behind
-    normalisation. In a layer without any gradient every unit is below; a layer that took no part in
-    the losses of the window (no gradient at all) is left alone.
+    outgoing weights. It finds units that saturate, which activity does not show. In a layer whose
+    gradients are zero every unit is below; a layer that took no part in the losses of the window
+    (no gradient at all) is left alone.
 
     Args:
         threshold: of the relative score. Negative: nothing ever happens.
@@ -34,9 +35,11 @@ class ReGraMa(Intervention):
             (only zeroed), "keep".
 
     Deviations: public ports compare the raw gradient and keep outgoing weights; here the score is
-    relative, as the paper says, and outgoing weights are silent, as in every recycling. Gradients
-    are those of the loss: read before other methods' penalties join them. Sites with an obstacle
-    (residual streams) are left out.
+    relative, as the paper says, and outgoing weights are silent, as in every recycling. Behind a
+    layer norm even a dead unit's weights get a gradient, through the statistics of the norm; so the
+    norm's gain and offset have a score too, and the lesser counts. Gradients are those of the loss:
+    read before other methods' penalties join them. Sites with an obstacle (residual streams) are
+    left out.
     """
 
     name: ClassVar[str] = "regrama"
@@ -77,11 +80,10 @@ class ReGraMa(Intervention):
         if observed is None:
             return
         for position, site, span in self._sites:
-            size = gradient_size(site.producer)
-            if size is None:
+            sizes = gradient_sizes(site)
+            if not sizes:
                 continue
-            average = size.mean(-1, keepdim=True)
-            relative = size / torch.where(average == 0, 1, average)
+            relative = torch.stack([_relative(size) for size in sizes]).amin(0)
             score = self.score[:, span]
             score.copy_(torch.where(observed.unsqueeze(-1), score + relative, score))
             self.seen[:, position].add_(observed)
@@ -99,15 +101,31 @@ class ReGraMa(Intervention):
         dormancy.forget(self.seen, due)
 
 
-def gradient_size(layer: Layer) -> Tensor | None:
-    """Mean |gradient| over the incoming weights and the bias of each unit: `[S, n]`."""
-    weight, bias = layer.module.weight.grad, getattr(layer.module.bias, "grad", None)
-    if weight is None:
-        return None
-    if not layer.batched:
-        weight = weight.unsqueeze(0)
-        bias = None if bias is None else bias.unsqueeze(0)
-    sums = weight.abs().flatten(2).sum(-1)
-    if bias is None:
-        return sums / layer.fan_in
-    return (sums + bias.abs()) / (layer.fan_in + 1)
+def gradient_sizes(site: Site) -> list[Tensor]:
+    """Mean |gradient| of each unit `[S, n]`: over its incoming weights and bias, and over the gain
+    and offset of every norm with them. Empty where there is no gradient."""
+    layer = site.producer
+    if layer.module.weight.grad is None:
+        return []
+    sizes = [_mean_size((layer.module.weight, layer.module.bias), layer.batched)]
+    for norm in site.norms:
+        gain = getattr(norm, "weight", None)
+        if gain is not None and gain.grad is not None:
+            sizes.append(_mean_size((gain, getattr(norm, "bias", None)), gain.ndim == 2))
+    return sizes
+
+
+def _mean_size(parameters: Sequence[Tensor | None], batched: bool) -> Tensor:
+    sums, entries = [], 0
+    for parameter in parameters:
+        if parameter is not None and parameter.grad is not None:
+            grad = parameter.grad if batched else parameter.grad.unsqueeze(0)
+            sums.append(grad.abs().flatten(2).sum(-1) if grad.ndim > 2 else grad.abs())
+            entries += grad[0, 0].numel()
+    return torch.stack(sums).sum(0) / entries
+
+
+def _relative(size: Tensor) -> Tensor:
+    """Each unit's share of its layer's average; 0 where all are 0."""
+    average = size.mean(-1, keepdim=True)
+    return size / torch.where(average == 0, 1, average)
