@@ -263,6 +263,14 @@ def _keys(names: list[str]) -> dict[str, str]:
     return keys
 
 
+_under_way = 0
+
+
+def probing() -> bool:
+    """Whether a probe runs now: hooks that change what a network computes stand aside."""
+    return _under_way > 0
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no argument checks; modes and random streams put back
@@ -270,12 +278,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     checks = Distribution._validate_args
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    global _under_way
+    _under_way += 1
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             model.eval()
             Distribution.set_default_validate_args(False)  # NaN is not a valid mean
             yield
     finally:
+        _under_way -= 1
         Distribution.set_default_validate_args(checks)
         for module, mode in modes:
             module.training = mode

@@ -82,9 +82,9 @@ class ShrinkPerturb(Intervention):
         optimizer: str = default("shrink-perturb", "optimizer"),
     ) -> None:
         super().__init__()
-        given = {"shrink": shrink, "noise": noise, "every": every, "change": change}
-        given |= {"times": times, "draw": draw, "scope": scope, "head": head}
-        check(self.name, given | {"adapt": adapt, "optimizer": optimizer})
+        numbers = {"shrink": shrink, "noise": noise, "every": every, "change": change}
+        words = {"draw": draw, "scope": scope, "head": head, "adapt": adapt, "optimizer": optimizer}
+        check(self.name, numbers | {"times": times} | words)
         self.shrink, self.noise, self.draw = shrink, noise, draw
         self.timing = Timing(every, change, times)
         self.scope, self.head, self.adapts = scope, head, adapt == "dormancy"
@@ -137,16 +137,12 @@ class ShrinkPerturb(Intervention):
         shrink, noise = self._factors()
         for which in range(1 + len(self.targets)):
             leads = [s.target_leads[which - 1] if which else s.lead for s in self._slots]
-            draws = (
-                self._draws(leads, stream.fold(which + 1)) if self.noise or self.adapts else None
-            )
+            draws = self._draws(leads, stream.fold(which + 1)) if self.noise or self.adapts else []
             for place, value in enumerate(leads):
-                factor, share = (
-                    f.to(value.dtype).view(-1, *[1] * (value.ndim - 1)) if self.adapts else f
-                    for f in (shrink, noise)
-                )
-                new = value * factor
-                put(value, new if draws is None else new + share * draws[place], due)
+                new = value * _per_copy(shrink, value)
+                if draws:
+                    new = new + _per_copy(noise, value) * draws[place]
+                put(value, new, due)
 
     def _factors(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """Of weights and of psi: numbers, or `[S]`."""
@@ -171,3 +167,10 @@ class ShrinkPerturb(Intervention):
             kept[name] if (name := f"initial{slot.place}") in kept else fresh(slot, stream)
             for slot in self._slots
         ]
+
+
+def _per_copy(factor: float | Tensor, value: Tensor) -> float | Tensor:
+    """A number, or one per copy, as it multiplies `[S, ...]`."""
+    if not isinstance(factor, Tensor):
+        return factor
+    return factor.to(value.dtype).view(-1, *[1] * (value.ndim - 1))
