@@ -1,0 +1,227 @@
+"""What a stock Stable-Baselines3 model trains: one `Network` per optimizer that owns units.
+
+The optimizer of SAC's temperature owns none, so nothing is ever attached to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy, ContinuousCritic
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.dqn.policies import QNetwork
+from stable_baselines3.sac.policies import Actor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from perennial.plasticity.copies import Init
+from perennial.plasticity.probe import find_units
+from perennial.plasticity.units import WEIGHTED, Units
+
+Batch = tuple[Any, Tensor]  # observations as SB3 hands them to policies, and actions
+_ROWS = 512  # of a batch for metrics: ranks need more rows than units
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One network of a model, as its optimizer sees it.
+
+    Attributes:
+        name: of its random streams and saved state.
+        whole: module that is run and put into evaluation mode.
+        nets: path -> modules whose layers stand under it, in order; its last step is the net in
+            tags.
+        forward: runs it on a batch; returns whatever leaves it.
+        optimizer: None for a target network.
+        target: the slow copy that this network feeds, parameter by parameter.
+    """
+
+    name: str
+    whole: nn.Module
+    nets: dict[str, list[nn.Module]]
+    forward: Callable[[Batch], Any]
+    optimizer: Optimizer | None = None
+    target: Network | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Paths of the nets that have layers."""
+        return [path for path, modules in self.nets.items() if _layers(modules)]
+
+    @property
+    def names(self) -> set[str]:
+        """What `net=` of a method may call a part of it."""
+        return {self.name, *self.parts, *(path.rpartition(".")[2] for path in self.parts)}
+
+    def find(self, example: Batch, optimizer: Optimizer) -> tuple[Units, Units]:
+        """The units whose incoming weights `optimizer` owns; and all, to be closed in the end."""
+        every = find_units(view_of(self), example, self.forward)
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        sites = [site for site in every if site.producer.module.weight in owned]
+        layers = [layer for layer in every.layers if layer.module.weight in owned]
+        if len(layers) == len(every.layers):
+            return every, every
+        return Units(every.model, sites, layers, hooks=False), every
+
+
+def networks_of(model: BaseAlgorithm) -> list[Network]:
+    """Every network of a PPO, A2C, SAC or DQN model that has an optimizer of its own.
+
+    Raises:
+        ValueError: another algorithm.
+    """
+    if isinstance(model, PPO | A2C):
+        return [_actor_critic(model.policy)]
+    if isinstance(model, SAC):
+        return [
+            _actor(model),
+            _twins("critic", model.critic, _twins("target", model.critic_target)),
+        ]
+    if isinstance(model, DQN):
+        target = _q_net("target", model.q_net_target)
+        return [_q_net("q_net", model.q_net, model.policy.optimizer, target)]
+    raise ValueError(
+        f"PlasticityCallback knows PPO, A2C, SAC and DQN, not {type(model).__name__}; use "
+        f"find_units and attach on its networks and optimizers"
+    )
+
+
+def example_of(model: BaseAlgorithm) -> Batch:
+    """A batch for the probe: the latest observations, and actions of zero."""
+    assert model._last_obs is not None, "learn() has not begun"
+    return obs_as_tensor(model._last_obs, model.device), _zero_actions(model, model.n_envs)
+
+
+def measured_batch(model: BaseAlgorithm) -> Batch | None:
+    """Up to 512 stored observations, evenly spaced over the rollout or the replay memory, and the
+    actions taken there; draws nothing from any random stream. None while nothing is stored."""
+    buffer = getattr(model, "rollout_buffer", None) or getattr(model, "replay_buffer", None)
+    if not isinstance(buffer, RolloutBuffer | ReplayBuffer):
+        return None
+    filled = buffer.size() * model.n_envs
+    if not filled:
+        return None
+    rows = min(_ROWS, filled)
+    places = [row * filled // rows for row in range(rows)]
+    lead = buffer.actions.ndim - 1  # a rollout is flattened while it is used
+    step = [place // model.n_envs for place in places]
+    index = (places,) if lead == 1 else (step, [place % model.n_envs for place in places])
+    stored = buffer.observations
+    obs = {k: v[index] for k, v in stored.items()} if isinstance(stored, dict) else stored[index]
+    normalizer = model.get_vec_normalize_env()
+    if isinstance(buffer, ReplayBuffer) and normalizer is not None:  # it stores raw observations
+        obs = normalizer.normalize_obs(obs)
+    actions = torch.as_tensor(buffer.actions[index], device=model.device)
+    return obs_as_tensor(obs, model.device), actions
+
+
+def mark_inits(policy: ActorCriticPolicy) -> None:
+    """Note how SB3 drew the layers of an on-policy policy, so that recycled units are drawn the
+    same: orthogonal with gain sqrt(2), heads 0.01 and 1, biases 0. Its other policies leave layers
+    as torch makes them."""
+    if not policy.ortho_init:
+        return
+    gains: list[tuple[nn.Module, float]] = [
+        (policy.pi_features_extractor, math.sqrt(2)),
+        (policy.vf_features_extractor, math.sqrt(2)),
+        (policy.mlp_extractor, math.sqrt(2)),
+        (policy.action_net, 0.01),
+        (policy.value_net, 1.0),
+    ]
+    for root, gain in gains:
+        for layer in root.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not hasattr(layer, "init"):
+                layer.init = Init("orthogonal", gain)  # type: ignore[assignment]
+
+
+def _actor_critic(policy: ActorCriticPolicy) -> Network:
+    mark_inits(policy)
+    extractor = policy.mlp_extractor
+    nets: dict[str, list[nn.Module]] = {}
+    if policy.share_features_extractor:
+        nets["features"] = [policy.features_extractor]
+        nets["policy"] = [extractor.policy_net, policy.action_net]
+        nets["value"] = [extractor.value_net, policy.value_net]
+    else:
+        nets["policy"] = [policy.pi_features_extractor, extractor.policy_net, policy.action_net]
+        nets["value"] = [policy.vf_features_extractor, extractor.value_net, policy.value_net]
+
+    def forward(batch: Batch) -> Any:
+        features = policy.extract_features(batch[0])
+        if not isinstance(features, tuple):
+            features = features, features
+        latent = extractor.forward_actor(features[0])
+        values = policy.value_net(extractor.forward_critic(features[1]))
+        # State dependent noise reads the last hidden layer beside the head.
+        return policy.action_net(latent), values, latent if policy.use_sde else None
+
+    return Network("policy", policy, nets, forward, policy.optimizer)
+
+
+def _actor(model: SAC) -> Network:
+    actor, critic = model.actor, model.critic
+    assert isinstance(actor, Actor)
+    heads = [head for head in (actor.mu, actor.log_std) if isinstance(head, nn.Module)]
+    nets: dict[str, list[nn.Module]] = {
+        "actor": [actor.features_extractor, actor.latent_pi, *heads]
+    }
+    shared = critic.share_features_extractor
+
+    def forward(batch: Batch) -> Any:
+        parameters = actor.get_action_dist_params(batch[0])
+        # Where the critic reads the actor's features, their outgoing weights are its weights too.
+        return parameters, critic(*batch) if shared else None
+
+    whole = nn.ModuleList([actor, critic]) if shared else actor
+    return Network("actor", whole, nets, forward, actor.optimizer)
+
+
+def _twins(name: str, critic: ContinuousCritic, target: Network | None = None) -> Network:
+    nets: dict[str, list[nn.Module]] = {}
+    if not critic.share_features_extractor:
+        nets["critic.features"] = [critic.features_extractor]
+    nets |= {f"critic.qf{place}": [net] for place, net in enumerate(critic.q_networks)}
+    optimizer = getattr(critic, "optimizer", None)
+    return Network(name, critic, nets, lambda batch: critic(*batch), optimizer, target)
+
+
+def _q_net(
+    name: str, net: QNetwork, optimizer: Optimizer | None = None, target: Network | None = None
+) -> Network:
+    nets: dict[str, list[nn.Module]] = {"q_net": [net.features_extractor, net.q_net]}
+    return Network(name, net, nets, lambda batch: net(batch[0]), optimizer, target)
+
+
+def view_of(network: Network) -> nn.ModuleDict:
+    """A view of a network whose layers come first under the names of its tags.
+
+    Modules are named by the first path to them, so the layers are `policy.0`, `policy.1`, ...
+    whatever SB3 calls them; all else (nonlinearities, norms) follows under `rest`.
+    """
+    view = nn.ModuleDict()
+    for path in network.parts:
+        place = view
+        *above, last = path.split(".")
+        for name in above:
+            if name not in place:
+                place[name] = nn.ModuleDict()
+            place = place[name]  # type: ignore[assignment]
+        place[last] = nn.ModuleList(_layers(network.nets[path]))
+    view["rest"] = network.whole
+    return view
+
+
+def _layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
+    return [m for root in modules for m in root.modules() if isinstance(m, WEIGHTED)]
+
+
+def _zero_actions(model: BaseAlgorithm, rows: int) -> Tensor:
+    space = model.action_space
+    return torch.zeros(rows, *(space.shape or (1,)), device=model.device)
