@@ -79,7 +79,8 @@ class SelfNormalizedResets(Intervention):
         self._sites = dormancy.recyclable(units, self.name)
         copies, total, device = units.copies, units.total, units.device
         self._tops = torch.tensor(_tops(self.maximum), device=device)  # longest silence of each bin
-        self._fired = torch.ones(copies, total, dtype=torch.bool, device=device)
+        true = torch.ones(copies, total, dtype=torch.bool, device=device)
+        self._others = [true[:, span] for span in units.spans]  # sites left out always fire
         silent = torch.zeros(copies, total, dtype=torch.int64, device=device)
         self.register_buffer("silent", silent)
         self.register_buffer("tau", torch.full_like(silent, self.initial))
@@ -100,13 +101,15 @@ class SelfNormalizedResets(Intervention):
 
     def _listen(self) -> None:
         """Who fired in this minibatch? Silences that ended are counted."""
-        for _, site, span in self._sites:
-            torch.gt(site.activation.amax(1), 0, out=self._fired[:, span])
-        ended = self._fired & (self.silent > 0)
+        parts = list(self._others)
+        for position, site, _ in self._sites:
+            parts[position] = site.activation.amax(1) > 0
+        fired = torch.cat(parts, -1)
+        ended = fired & (self.silent > 0)
         if self.clock.mask is not None:
             ended = ended & self.clock.mask.unsqueeze(-1)
         self._log(ended)
-        silent = (self.silent + 1) * ~self._fired
+        silent = (self.silent + 1) * ~fired
         self.silent.copy_(self.clock.keep(silent, self.silent))
 
     def _log(self, ended: Tensor) -> None:
