@@ -90,9 +90,13 @@ def rewrite(
         ValueError: one line; a method does not fit the model, or two methods each other.
     """
     chosen = rewriters(methods)
-    check_together([m.name for m in chosen])
+    trunks = list(_trunks(model)) if chosen else []
+    marks = {mark for net in trunks for mark in getattr(net, "rewritten_by", ())}
     for method in chosen:
-        trunks = list(_trunks(model))
+        if method.name in marks:
+            raise ValueError(f"{method.name} is applied to this network already; once is enough")
+    check_together([*sorted(marks), *(method.name for method in chosen)])
+    for method in chosen:
         changed = [net for net in trunks if method.rewrite(net, generators)]
         if not changed:
             raise ValueError(
@@ -100,12 +104,8 @@ def rewrite(
                 f"{type(model).__name__}: build its hidden layers as one"
             )
         for net in changed:
-            marks: tuple[str, ...] = getattr(net, "rewritten_by", ())
-            if method.name in marks:
-                raise ValueError(
-                    f"{method.name} was applied to this network before; once is enough"
-                )
-            net.rewritten_by = (*marks, method.name)  # type: ignore[assignment]
+            before: tuple[str, ...] = getattr(net, "rewritten_by", ())
+            net.rewritten_by = (*before, method.name)  # type: ignore[assignment]
     return model
 
 

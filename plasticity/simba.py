@@ -15,7 +15,7 @@ from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.copies import BatchedLinear, Init
 from perennial.plasticity.fit import check_equal
 from perennial.plasticity.norms import norm_after
-from perennial.plasticity.projection import project
+from perennial.plasticity.projection import norm_of, project
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.units import Layer, Units
 
@@ -184,9 +184,10 @@ class SimBa(Intervention):
             for layer in units.layers
             if getattr(layer.module, "unit_rows", False) and layer.module.weight in owned
         ]
-        everywhere = torch.ones(self.clock.copies, dtype=torch.bool, device=units.device)
         for layer in self._layers:  # whoever initialised the network last may not have known
-            _to_unit_rows(layer, everywhere)
+            norm = norm_of(layer.weight, 2)
+            off = ((norm - 1).abs() > 1e-4) & (norm > 0)
+            layer.weight.div_(torch.where(off, norm, 1.0).unsqueeze(-1))
 
     def after_step(self) -> None:
         if not self._layers:
@@ -195,13 +196,8 @@ class SimBa(Intervention):
         if due is None:
             return
         for layer in self._layers:
-            _to_unit_rows(layer, due)
-
-
-@torch.no_grad()
-def _to_unit_rows(layer: Layer, due: Tensor) -> None:
-    weight = layer.weight
-    project(weight, weight.new_ones(weight.shape[:2]), due)
+            weight = layer.weight
+            project(weight, weight.new_ones(weight.shape[:2]), due)
 
 
 class _Maker:
