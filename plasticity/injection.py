@@ -86,6 +86,10 @@ class PlasticityInjection(Intervention):
                 if within.issuperset(module.parameters(recurse=False)):
                     self._inherit(old)
         names = {module: name for name, module in units.model.named_modules()}
+        for target in self.targets:
+            for module in modules:
+                for old in branches_of(target.get_submodule(names[module])):
+                    old.remove()
         self._branches = [
             Branches(
                 network.get_submodule(names[module]),
@@ -166,7 +170,7 @@ def _heads(units: Units, owned: Sequence[Layer], depth: int) -> tuple[set[Layer]
 
 
 def _closed(units: Units, head: set[Layer]) -> bool:
-    """Whether rows of several heads can run side by side through these layers, seen by no others."""
+    """Whether several heads can run side by side through these layers, seen by no others."""
     inner = [site for site in units if site.producer in head]
     for site in inner:
         if site.obstacle or not {c.layer for c in site.consumers} <= head:
