@@ -14,7 +14,8 @@ from perennial.plasticity import registry
 from perennial.plasticity.base import Handle, Intervention
 from perennial.plasticity.fit import check_together
 from perennial.plasticity.sb3_live import Live
-from perennial.plasticity.sb3_policies import rebuild
+from perennial.plasticity.sb3_networks import check_model
+from perennial.plasticity.sb3_policies import belongs_to_policy, rebuild
 
 
 class PlasticityCallback(BaseCallback):
@@ -73,10 +74,10 @@ class PlasticityCallback(BaseCallback):
             method = registry.make(given) if isinstance(given, str) else given
             if not isinstance(method, Intervention):
                 raise ValueError(f"{given!r} is neither an Intervention nor a spec like 'cbp'")
-            if method.rewrites:
+            if belongs_to_policy(method):
                 if not isinstance(given, str):
                     raise ValueError(
-                        f"give {method.name} as a spec ({method.name!r}): SB3 builds the network "
+                        f"give {method.name} as a spec ({method.name!r}): SB3 makes the network "
                         f"again when it loads the model"
                     )
                 self._rewrites.append(given)
@@ -99,6 +100,7 @@ class PlasticityCallback(BaseCallback):
     # ---- what SB3 calls ------------------------------------------------------------------------
 
     def _init_callback(self) -> None:
+        check_model(self.model)
         rebuild(self.model, self._rewrites)
 
     def _on_training_start(self) -> None:

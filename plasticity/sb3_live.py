@@ -16,6 +16,7 @@ from perennial.plasticity.sb3_networks import (
     example_of,
     measured_batch,
     networks_of,
+    part_of,
     view_of,
 )
 
@@ -39,7 +40,7 @@ class Part:
         assert optimizer is not None
         self.model, self.network, self.log = model, network, log
         self.measure_next = False
-        self.units, self._recorder = network.find(example_of(model), optimizer)
+        self.units, self._recorder = network.find(example_of(model.policy), optimizer)
         self._hooks: list[Any] = []
         try:
             self.handle = attach(
@@ -113,14 +114,14 @@ class Live:
     ) -> None:
         self.parts: list[Part] = []
         self.task: int | None = None
-        networks = networks_of(model)
-        shares = [[m for m in methods if _concerns(m, network)] for network in networks]
+        networks = networks_of(model.policy)
+        shares = [[m for m in methods if network.concerns(m)] for network in networks]
         for method in methods:
             if not any(method in share for share in shares):
                 known = sorted({name for network in networks for name in network.names})
                 raise ValueError(
                     f"{method.name}: no part of {type(model).__name__}'s networks is named "
-                    f"{_net(method)!r} (known: {', '.join(known)})"
+                    f"{part_of(method)!r} (known: {', '.join(known)})"
                 )
         weights = {p: p.detach().clone() for p in model.policy.parameters()} if before else {}
         try:
@@ -173,13 +174,3 @@ class Live:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (self.snapshot(),)
-
-
-def _net(method: Intervention) -> str:
-    """The part of the model that a method is for (`reset:net=value`)."""
-    net = getattr(method, "net", "all")
-    return net if isinstance(net, str) else "all"
-
-
-def _concerns(method: Intervention, network: Network) -> bool:
-    return _net(method) == "all" or _net(method) in network.names

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy, ContinuousCritic
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy, ContinuousCritic
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.dqn.policies import QNetwork
-from stable_baselines3.sac.policies import Actor
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from stable_baselines3.sac.policies import SACPolicy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from perennial.plasticity.base import Intervention
 from perennial.plasticity.copies import Init
 from perennial.plasticity.probe import find_units
 from perennial.plasticity.units import WEIGHTED, Units
@@ -60,6 +63,11 @@ class Network:
         """What `net=` of a method may call a part of it."""
         return {self.name, *self.parts, *(path.rpartition(".")[2] for path in self.parts)}
 
+    def concerns(self, method: Intervention) -> bool:
+        """Whether a method is for this network, or for a part of it."""
+        net = part_of(method)
+        return net == "all" or net in self.names
+
     def find(self, example: Batch, optimizer: Optimizer) -> tuple[Units, Units]:
         """The units whose incoming weights `optimizer` owns; and all, to be closed in the end."""
         every = find_units(view_of(self), example, self.forward)
@@ -71,32 +79,37 @@ class Network:
         return Units(every.model, sites, layers, hooks=False), every
 
 
-def networks_of(model: BaseAlgorithm) -> list[Network]:
-    """Every network of a PPO, A2C, SAC or DQN model that has an optimizer of its own.
-
-    Raises:
-        ValueError: another algorithm.
-    """
-    if isinstance(model, PPO | A2C):
-        return [_actor_critic(model.policy)]
-    if isinstance(model, SAC):
-        return [
-            _actor(model),
-            _twins("critic", model.critic, _twins("target", model.critic_target)),
-        ]
-    if isinstance(model, DQN):
-        target = _q_net("target", model.q_net_target)
-        return [_q_net("q_net", model.q_net, model.policy.optimizer, target)]
-    raise ValueError(
-        f"PlasticityCallback knows PPO, A2C, SAC and DQN, not {type(model).__name__}; use "
-        f"find_units and attach on its networks and optimizers"
-    )
+def part_of(method: Intervention) -> str:
+    """The part of the model that a method is for (`reset:net=value`), or "all"."""
+    net = getattr(method, "net", "all")
+    return net if isinstance(net, str) else "all"
 
 
-def example_of(model: BaseAlgorithm) -> Batch:
-    """A batch for the probe: the latest observations, and actions of zero."""
-    assert model._last_obs is not None, "learn() has not begun"
-    return obs_as_tensor(model._last_obs, model.device), _zero_actions(model, model.n_envs)
+def networks_of(policy: BasePolicy) -> list[Network]:
+    """Every network of an on-policy, SAC or DQN policy that has an optimizer of its own."""
+    if isinstance(policy, ActorCriticPolicy):
+        return [_actor_critic(policy)]
+    if isinstance(policy, SACPolicy):
+        target = _twins("target", policy.critic_target)
+        return [_actor(policy), _twins("critic", policy.critic, target)]
+    assert isinstance(policy, DQNPolicy)
+    target = _q_net("target", policy.q_net_target)
+    return [_q_net("q_net", policy.q_net, policy.optimizer, target)]
+
+
+def check_model(model: BaseAlgorithm) -> None:
+    """One line where the callback does not know the algorithm."""
+    if not isinstance(model, PPO | A2C | SAC | DQN):
+        raise ValueError(
+            f"PlasticityCallback knows PPO, A2C, SAC and DQN, not {type(model).__name__}; use "
+            f"find_units and attach on its networks and optimizers"
+        )
+
+
+def example_of(policy: BasePolicy) -> Batch:
+    """A batch for the probe: one row of zeros."""
+    obs = obs_as_tensor(_zeros(policy.observation_space), policy.device)
+    return obs, torch.zeros(1, *(policy.action_space.shape or (1,)), device=policy.device)
 
 
 def measured_batch(model: BaseAlgorithm) -> Batch | None:
@@ -165,9 +178,8 @@ def _actor_critic(policy: ActorCriticPolicy) -> Network:
     return Network("policy", policy, nets, forward, policy.optimizer)
 
 
-def _actor(model: SAC) -> Network:
-    actor, critic = model.actor, model.critic
-    assert isinstance(actor, Actor)
+def _actor(policy: SACPolicy) -> Network:
+    actor, critic = policy.actor, policy.critic
     heads = [head for head in (actor.mu, actor.log_std) if isinstance(head, nn.Module)]
     nets: dict[str, list[nn.Module]] = {
         "actor": [actor.features_extractor, actor.latent_pi, *heads]
@@ -222,6 +234,7 @@ def _layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
     return [m for root in modules for m in root.modules() if isinstance(m, WEIGHTED)]
 
 
-def _zero_actions(model: BaseAlgorithm, rows: int) -> Tensor:
-    space = model.action_space
-    return torch.zeros(rows, *(space.shape or (1,)), device=model.device)
+def _zeros(space: spaces.Space) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _zeros(part) for key, part in space.items()}
+    return np.zeros((1, *(space.shape or ())), space.dtype)
