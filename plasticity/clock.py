@@ -28,6 +28,8 @@ class Clock:
         self.host: list[int] | None = [0] * self.copies
         self.mask: Tensor | None = None
         self.moving: tuple[int, ...] | None = None
+        # The latest answer of `due`, and the same as host integers where the host knows.
+        self.last_due: tuple[Tensor | None, tuple[int, ...]] = (None, ())
         self._blind = False
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
@@ -88,10 +90,16 @@ class Clock:
         None when the host knows that there is none: return early then.
         """
         known = self.known
-        if known is not None and not any(known[copy] % every == 0 for copy in self.current()):
-            return None
+        which: tuple[int, ...] = ()
+        if known is not None:
+            which = tuple(copy for copy in self.current() if known[copy] % every == 0)
+            if not which:
+                return None
         due = self.updates % every == 0
-        return due if self.mask is None else due & self.mask
+        if self.mask is not None:
+            due = due & self.mask
+        self.last_due = due, which
+        return due
 
     def keep(self, new: Tensor, old: Tensor) -> Tensor:
         """`new` for the copies that move, `old` bit for bit for the others; both `[S, ...]`."""

@@ -17,8 +17,7 @@ B, the smaller A. Derived here; equal to Adam with a step count per element in t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,71 +26,30 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.clock import Clock
+from perennial.plasticity.parts import Part, affine, parts_of
 from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
-from perennial.plasticity.units import Site, Units
+from perennial.plasticity.units import Units
 
 TREATMENTS = ("exact", "zero", "keep")
 
 
-@dataclass(eq=False)
-class _Part:
-    """One parameter with rows or columns of units.
+class _Scratch:
+    """One piece of memory for all intermediate results: it stays in the cache, and fresh memory
+    every step would cost more than the arithmetic."""
 
-    rows: place of the row units in the vector over all sites; None where rows are no units.
-    columns: the same for its input features: a slice where they are all units of one site in order,
-        else an index per feature (units.total where a feature is no unit).
-    """
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
 
-    parameter: Tensor
-    batched: bool
-    rows: slice | None
-    columns: slice | Tensor | None
-    square: Tensor | None = None
-    buffers: dict[int, Tensor] = field(default_factory=dict)
-    fixed: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
-
-    def _sides(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The rows' and the columns' share of a vector over all units, as they broadcast."""
-        ndim = self.parameter.ndim + (0 if self.batched else 1)
-        row = column = None
-        if self.rows is not None:
-            row = vector[:, self.rows]
-            row = row.view(*row.shape, *[1] * (ndim - 2))
-        if self.columns is not None:
-            column = vector[:, self.columns]
-            column = column.view(len(column), 1, -1, *[1] * (ndim - 3))
-        if not self.batched:
-            row, column = (side if side is None else side[0] for side in (row, column))
-        return row, column
-
-    def largest(self, place: int, vector: Tensor) -> Tensor:
-        """Like `spread`, of a vector that keeps its memory: views and result are made once."""
-        if place not in self.fixed or isinstance(self.columns, Tensor):
-            self.fixed[place] = self._sides(vector)
-        row, column = self.fixed[place]
-        if row is None or column is None:
-            both = row if column is None else column
-            assert both is not None
-            return both
-        if place not in self.buffers:
-            self.buffers[place] = torch.maximum(row, column)
-            return self.buffers[place]
-        return torch.maximum(row, column, out=self.buffers[place])
-
-    def squared(self, grad: Tensor) -> Tensor:
-        """g^2 in a buffer of its own: fresh memory every step costs more than the product."""
-        if self.square is None or self.square.dtype is not grad.dtype:
-            self.square = torch.empty_like(self.parameter, dtype=grad.dtype)
-        return torch.mul(grad, grad, out=self.square)
-
-    def spread(self, vector: Tensor, larger: bool) -> Tensor:
-        """A vector over all units `[S, total + 1]` as factors that broadcast to the parameter."""
-        row, column = self._sides(vector)
-        if row is None or column is None:
-            both = row if column is None else column
-            assert both is not None
-            return both
-        return torch.maximum(row, column) if larger else torch.minimum(row, column)
+    def of(self, name: str, like: Tensor) -> Tensor:
+        key = name, like.shape, like.dtype
+        if key not in self.views:
+            memory = self.memory.get(name)
+            if memory is None or memory.numel() < like.numel() or memory.dtype != like.dtype:
+                self.memory[name] = memory = like.new_empty(like.numel())
+                self.views.clear()
+            self.views[key] = memory[: like.numel()].view(like.shape)
+        return self.views[key]
 
 
 class Moments:
@@ -106,7 +64,7 @@ class Moments:
         groups = optimizer.param_groups
         # Positions, not the groups: loading a state dict replaces the groups.
         self.group_of = {p: place for place, g in enumerate(groups) for p in g["params"]}
-        self.parts = [part for part in _parts(units) if part.parameter in self.group_of]
+        self.parts = [part for part in parts_of(units) if part.parameter in self.group_of]
         adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | BatchedAdam)
         self.adam = adam and not any(g.get("amsgrad", False) for g in groups)
         betas = {beta for g in groups for beta in g["betas"]} if self.adam else set()
@@ -128,7 +86,7 @@ class Moments:
         )
         self.vectors = list(self.factors)
         self._inner = self.factors[..., :-1]
-        self._even = self.adam and all(len(set(g["betas"])) == 1 for g in groups)
+        self._scratch = _Scratch()
         self.host_event = [-1] * copies
         self._stale = False  # the host's copies miss what was compiled or captured
         self.offset.add_(self._known_steps())
@@ -166,8 +124,13 @@ class Moments:
         self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
         if whole:
             self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
-        self.host_offset = [-(2**62)] * len(self.host_offset)  # T is unknown to the host for now
-        self._stale = True
+        due, which = self.clock.last_due
+        if self.clock.known is None or copies is not due:
+            self.host_offset = [-(2**62)] * len(self.host_offset)  # unknown to the host for now
+            self._stale = True
+        else:
+            for copy in which:
+                self.host_offset[copy] = -self.clock.known[copy]
 
     def recycled(self, selection: Selection, treatment: str = "exact") -> None:
         """Clear what the optimizer remembers about the selected units.
@@ -183,7 +146,7 @@ class Moments:
         for parameter in (layer.module.weight, layer.module.bias):
             for value in self._averages(parameter):
                 silence_rows(value if layer.batched else value.unsqueeze(0), kept)
-        for parameter in _affine(site):
+        for parameter in affine(site):
             for value in self._averages(parameter):
                 silence_rows(value if value.ndim == 2 else value.unsqueeze(0), kept)
         for consumer in site.consumers:
@@ -244,7 +207,7 @@ class Moments:
         else:
             self._adjust()
 
-    def _present(self) -> list[tuple[_Part, Tensor, dict[str, Tensor]]]:
+    def _present(self) -> list[tuple[Part, Tensor, dict[str, Tensor]]]:
         """Parts that this step moves, their gradient as the optimizer will see it, their state."""
         found = []
         mask = self.clock.mask
@@ -269,94 +232,75 @@ class Moments:
         if self.clock.mask is not None:
             factors = factors * self.clock.mask.view(1, -1, 1)
         torch.mul(factors, self.gains, out=self._inner)
-        present = self._present()
-        if not present:
-            return
-        if len(self.betas) == 1 and self._even:
-            grads = [grad for _, grad, _ in present]
-            squares = [part.squared(grad) for part, grad, _ in present]
-            weights = [part.largest(0, self.vectors[0]) for part, _, _ in present]
-            torch._foreach_lerp_([state["exp_avg"] for *_, state in present], grads, weights)
-            torch._foreach_lerp_([state["exp_avg_sq"] for *_, state in present], squares, weights)
-            return
-        for part, grad, state in present:
-            beta1, beta2 = self._group(part.parameter)["betas"]
-            if beta1:
-                place = self.betas.index(beta1)
-                state["exp_avg"].lerp_(grad, part.largest(place, self.vectors[place]))
-            if beta2:
-                place = self.betas.index(beta2)
-                weight = part.largest(place, self.vectors[place])
-                state["exp_avg_sq"].lerp_(part.squared(grad), weight)
+        for part, grad, state in self._present():
+            weight, last = None, -1
+            for which, key in ((0, "exp_avg"), (1, "exp_avg_sq")):
+                place = self._place(part, which)
+                if place < 0:
+                    continue
+                if place != last:
+                    row, column = part.kept_sides(place, self.vectors[place])
+                    weight, last = self._extreme(torch.maximum, row, column, grad), place
+                assert weight is not None
+                value = grad if which == 0 else self._squared(grad)
+                state[key].lerp_(value, weight)
 
     def _adjust(self) -> None:
         """Any T: `average <- A average + B g`."""
-        for part, grad, state in self._present():
-            steps = torch.as_tensor(state["step"]) + 1.0
+        present = self._present()
+        if not present:
+            return
+        steps = torch.stack([torch.as_tensor(state["step"]) for _, _, state in present])
+        keep, take = self._coefficients(steps.to(self.powers) + 1)
+        for number, (part, grad, state) in enumerate(present):
             for which, key in ((0, "exp_avg"), (1, "exp_avg_sq")):
-                beta = self._group(part.parameter)["betas"][which]
-                if beta == 0:
+                place = self._place(part, which)
+                if place < 0:
                     continue
-                factor_a, factor_b = self._coefficients(self.betas.index(beta), steps)
-                value = grad if which == 0 else grad * grad
-                state[key].mul_(part.spread(factor_a, larger=False))
-                state[key].addcmul_(value, part.spread(factor_b, larger=True))
+                value = grad if which == 0 else self._squared(grad)
+                sides = part.sides(keep[place, number])
+                state[key].mul_(self._extreme(torch.minimum, *sides, grad))
+                sides = part.sides(take[place, number])
+                state[key].addcmul_(value, self._extreme(torch.maximum, *sides, grad))
 
-    def _coefficients(self, place: int, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B `[S, total + 1]` at T = `steps` (scalar or `[S]`)."""
-        b, q = self.betas[place], self.powers[place]
-        tensor = (b ** steps.to(q)).view(-1, 1)
-        young = (q > 0) & (q > tensor)  # a tensor that was reset alone may be younger than its unit
+    def _coefficients(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B `[betas, parts, S, total + 1]` at T = `steps` (`[parts]` or `[parts, S]`)."""
+        b, q = self.decays.unsqueeze(-1), self.powers.unsqueeze(1)
+        tensor = b ** steps.view(1, len(steps), -1, 1)  # [betas, parts, S or 1, 1]
+        # A tensor that was reset alone may be younger than its unit: then T counts.
+        young = q > tensor
         if self.clock.mask is not None:
-            young = young & self.clock.mask.view(-1, 1)
-        first = q >= b  # t = 1: nothing is remembered, whatever T
-        factor_a = (1 - tensor) / (1 - tensor / b) * (1 - q / b) / (1 - q)
-        factor_a = torch.where(young, torch.where(first, 0.0, factor_a), 1.0)
-        factor_b = ((1 - b) / b * (q - tensor) / (1 - q)).clamp_(min=0.0)
-        factor_b = torch.where(young, factor_b, 0.0)
+            young = young & self.clock.mask.view(1, 1, -1, 1)
+        keep = (1 - tensor) / (1 - tensor / b) * ((1 - q / b) / (1 - q))
+        take = (q - tensor) * ((1 - b) / b / (1 - q))
         pad = torch.nn.functional.pad
         return (
-            pad(factor_a, (0, 1), value=1.0).to(self.factors.dtype),
-            pad(factor_b, (0, 1)).to(self.factors.dtype),
+            pad(torch.where(young, keep, 1.0).to(self.factors.dtype), (0, 1), value=1.0),
+            pad(torch.where(young, take, 0.0).to(self.factors.dtype), (0, 1)),
         )
 
+    def _place(self, part: Part, which: int) -> int:
+        """Where the beta of a part's average stands in `betas`; -1 for one without memory."""
+        beta = self._group(part.parameter)["betas"][which]
+        return self.betas.index(beta) if beta else -1
 
-def _parts(units: Units) -> list[_Part]:
-    """Every parameter that holds rows or columns of units, once."""
-    parts: dict[Tensor, _Part] = {}
-    feeds: dict[Tensor, list[tuple[Tensor, slice, int, bool]]] = {}
-    for site, span in zip(units, units.spans, strict=True):
-        layer = site.producer
-        for parameter in (layer.module.weight, layer.module.bias):
-            if parameter is not None:
-                parts[parameter] = _Part(parameter, layer.batched, span, None)
-        for parameter in _affine(site):
-            parts[parameter] = _Part(parameter, parameter.ndim == 2, span, None)
-        for consumer in site.consumers:
-            reader = consumer.layer
-            entry = (consumer.columns.table, span, reader.weight.shape[2], reader.batched)
-            feeds.setdefault(reader.module.weight, []).append(entry)
-    for parameter, entries in feeds.items():
-        part = parts.setdefault(parameter, _Part(parameter, entries[0][3], None, None))
-        part.columns = _columns(entries, units.total)
-    return list(parts.values())
+    def _extreme(
+        self,
+        choose: Callable[..., Tensor],
+        row: Tensor | None,
+        column: Tensor | None,
+        like: Tensor,
+    ) -> Tensor:
+        """The row unit's or the column unit's factor, whichever is younger."""
+        if row is None or column is None:
+            both = row if column is None else column
+            assert both is not None
+            return both
+        if torch.compiler.is_compiling():
+            return choose(row, column)
+        return choose(row, column, out=self._scratch.of("factor", like))
 
-
-def _affine(site: Site) -> list[Tensor]:
-    """Gains and offsets of the norms on a site's way, one per unit (`[n]`, batched `[S, n]`)."""
-    values = [getattr(norm, name, None) for norm in site.norms for name in ("weight", "bias")]
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _columns(entries: Sequence[tuple[Tensor, slice, int, bool]], total: int) -> slice | Tensor:
-    """Where each input feature's unit stands in the vector over all sites."""
-    table, span, features, _ = entries[0]
-    place = torch.full((features,), total, device=table.device)
-    for table, span, _, _ in entries:
-        units = torch.arange(span.start, span.stop, device=table.device)
-        place[table] = units.unsqueeze(-1).expand_as(table)
-    if len(entries) == 1 and bool(
-        (place == torch.arange(features, device=place.device) + span.start).all()
-    ):
-        return span
-    return place
+    def _squared(self, grad: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return grad * grad
+        return torch.mul(grad, grad, out=self._scratch.of("square", grad))
