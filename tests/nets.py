@@ -54,12 +54,16 @@ def batch(number: int, copies: int | None = None, rows: int = 8) -> Tensor:
     return x if copies is None else x.expand(copies, rows, 3)
 
 
+def copies_of(net: nn.Module) -> int | None:
+    """Copies of a batched network."""
+    return next((m.copies for m in net.modules() if isinstance(m, BatchedLinear)), None)
+
+
 def put_to(
     net: nn.Module, specs: str | list[str], optimizer: torch.optim.Optimizer, **options: object
 ) -> Handle:
     """Attach methods to one of the networks above."""
-    first = next(net.parameters())
-    units = find_units(net, batch(0, len(first) if first.ndim == 3 else None))
+    units = find_units(net, batch(0, copies_of(net)))
     return attach(specs, units, optimizer, **options)  # type: ignore[arg-type]
 
 
@@ -67,10 +71,8 @@ def train(
     net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, still: bool = False
 ) -> None:
     """Fit the sum of inputs; `still`: with gradients of zero."""
-    first = next(net.parameters())
-    copies = len(first) if first.ndim == 3 else None
     for step in steps:
-        x = batch(step, copies)
+        x = batch(step, copies_of(net))
         loss = (net(x) - x.sum(-1, keepdim=True)).square().mean((-1, -2)).sum()
         optimizer.zero_grad()
         (0 * loss if still else loss).backward()
