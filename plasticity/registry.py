@@ -192,7 +192,7 @@ METHODS: dict[str, Entry] = {
                 "initial": Param(1000, "silent optimizer steps that reset a unit, at first", 1),
                 "every": Param(10_000, "optimizer steps between changes of that number", 1),
                 "minimum": Param(1, "lower bound of that number", 1),
-                "maximum": Param(100_000, "upper bound of that number", 1, 10_000_000),
+                "maximum": Param(100_000, "upper bound of that number", 1, 1_000_000),
                 "check": Param(100, "steps between looks for units that are due (paper: 1)", 1),
                 "moments": _MOMENTS,
             },
@@ -302,7 +302,7 @@ METHODS: dict[str, Entry] = {
                 "strength": Param(5e-3, "of the squared error, summed over heads", 0.0),
                 "heads": Param(10, "linear heads on the last hidden layer", 1),
                 "scale": Param(100.0, "the initial heads' outputs are multiplied by this"),
-                "every": Param(16, "optimizer steps between gradients (held between); 1: exact", 1),
+                "every": Param(32, "optimizer steps between gradients (held between); 1: exact", 1),
             },
         ),
         Entry(

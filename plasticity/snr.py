@@ -79,6 +79,8 @@ class SelfNormalizedResets(Intervention):
         self._sites = dormancy.recyclable(units, self.name)
         copies, total, device = units.copies, units.total, units.device
         self._tops = torch.tensor(_tops(self.maximum), device=device)  # longest silence of each bin
+        lengths = torch.arange(self.maximum + 1, device=device)
+        self._places = torch.bucketize(lengths, self._tops)  # a table: searching costs more
         true = torch.ones(copies, total, dtype=torch.bool, device=device)
         self._others = [true[:, span] for span in units.spans]  # sites left out always fire
         silent = torch.zeros(copies, total, dtype=torch.int64, device=device)
@@ -119,7 +121,7 @@ class SelfNormalizedResets(Intervention):
         self.silences.scatter_(-1, place, counts)
 
     def _bin(self, steps: Tensor) -> Tensor:
-        return torch.bucketize(steps.clamp(max=self.maximum), self._tops)
+        return self._places.take(steps.clamp(max=self.maximum))
 
     def _too_early(self) -> bool:
         """Before tau first changes no unit is due earlier than its initial value."""
