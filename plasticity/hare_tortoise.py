@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.fresh import forget, lead, parameters_of, put, slots_of
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.timing import Timing
+from perennial.plasticity.timing import Due, Timing
 from perennial.plasticity.units import Units
 
 
@@ -71,11 +71,15 @@ class HareTortoise(Intervention):
         for place, value in enumerate(self._hare()):
             self.register_buffer(f"tortoise{place}", value.clone())
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
         self._tortoise = [self.get_buffer(f"tortoise{p}") for p in range(len(self._sources))]
 
     def _hare(self) -> list[Tensor]:
         """The model's tensors, the copies axis first: views."""
         return [lead(tensor, batched) for tensor, batched in self._sources]
+
+    def _loaded(self) -> None:
+        self.timing.reload(self.events)
 
     def after_step(self) -> None:
         if self.clock.mask is None:
@@ -88,17 +92,17 @@ class HareTortoise(Intervention):
             self._take_over(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._take_over(due)
 
-    def _take_over(self, due: Tensor) -> None:
+    def _take_over(self, due: Due) -> None:
         for slow, fast in zip(self._tortoise, self._hare(), strict=True):
-            put(fast, slow, due)
+            put(fast, slow, due.copies)
         if self.forgets:
-            forget(self._optimizer, parameters_of(self._optimizer), due)
-            self.moments.restart(due)
-        self.events.add_(due)
+            forget(self._optimizer, parameters_of(self._optimizer), due.copies)
+            self.moments.restart(due.copies, which=due.which)
+        self.events.add_(due.copies)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from perennial.plasticity.branches import Branches, Frozen, branches_of
 from perennial.plasticity.fresh import Slot, forget, fresh, put, slots_of
 from perennial.plasticity.heads import feeders, layers_before, of_net, output_layers, owned_layers
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.timing import Timing, stream_of
+from perennial.plasticity.timing import Due, Timing, stream_of
 from perennial.plasticity.units import Layer, Site, Units
 
 
@@ -71,6 +71,7 @@ class PlasticityInjection(Intervention):
         self._optimizer = optimizer
         slots = of_net(self.name, slots_of(units, optimizer, self.targets), units, self.net)
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
         if self.timing.never:
             return
         deep, linear = _heads(units, owned_layers(slots), self.depth)
@@ -113,10 +114,12 @@ class PlasticityInjection(Intervention):
             self.frozen.load_state_dict(old.frozen.state_dict())
             self.frozen.used = old.frozen.used
             self.events.fill_(old.frozen.used)
+            self.timing.reload(self.events)
 
     def _loaded(self) -> None:
+        self.timing.reload(self.events)
         if not self.timing.never:
-            self.frozen.used = min(self.times, int(self.events.max()))
+            self.frozen.used = int(self.events.max())
 
     def after_step(self) -> None:
         due = self.timing.due(self.clock, self.events)
@@ -124,27 +127,26 @@ class PlasticityInjection(Intervention):
             self._inject(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._inject(due)
 
-    def _inject(self, due: Tensor) -> None:
+    def _inject(self, due: Due) -> None:
         stream = stream_of(self.key, self.events)
         for slot in self._slots:
             new = fresh(slot, stream)
             for number, (theta, twin) in enumerate(self.frozen.pairs(slot.place)):
-                chosen = due & (self.events == number)
+                chosen = due.copies & (self.events == number)
                 put(theta, slot.lead, chosen)
                 put(twin, new, chosen)
             for value in (slot.lead, *slot.target_leads):
-                put(value, new, due)
+                put(value, new, due.copies)
         parameters = [slot.parameter for slot in (*self._slots, *self._linear)]
-        forget(self._optimizer, parameters, due)
-        self.moments.restart(due, whole=False)
-        self.events.add_(due)
-        known = self.clock.known
-        # The host runs as many branches as there may be; those that are not used yet are zero.
-        self.frozen.used = self.times if known is None else min(self.times, self.frozen.used + 1)
+        forget(self._optimizer, parameters, due.copies)
+        self.moments.restart(due.copies, which=due.which, whole=False)
+        self.events.add_(due.copies)
+        # Where the host does not know, it runs all branches: those not used yet are zero.
+        self.frozen.used = self.times if self.timing.most is None else self.timing.most
 
 
 def _heads(units: Units, owned: Sequence[Layer], depth: int) -> tuple[set[Layer], set[Layer]]:

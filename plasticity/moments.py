@@ -17,7 +17,7 @@ B, the smaller A. Derived here; equal to Adam with a step count per element in t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,10 +112,17 @@ class Moments:
         self.host_offset, self.host_event = self.offset.tolist(), self.event.tolist()
         self._stale = False
 
-    def restart(self, copies: Tensor | None = None, *, whole: bool = True) -> None:
+    def restart(
+        self,
+        copies: Tensor | None = None,
+        *,
+        which: Sequence[int] | None = None,
+        whole: bool = True,
+    ) -> None:
         """The optimizer's state was reset (T = 0).
 
         copies: bool `[S]`; None for all.
+        which: the same as host integers, where the caller knows them.
         whole: of all tensors, so that all units are as old as their tensors again. False for some
             tensors: the others, and the units in them, keep their age.
         """
@@ -124,8 +131,10 @@ class Moments:
         self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
         if whole:
             self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
-        due, which = self.clock.last_due
-        if self.clock.known is None or copies is not due:
+        due, last = self.clock.last_due
+        if which is None and copies is due:
+            which = last
+        if self.clock.known is None or which is None:
             self.host_offset = [-(2**62)] * len(self.host_offset)  # unknown to the host for now
             self._stale = True
         else:

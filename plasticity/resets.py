@@ -20,7 +20,7 @@ from perennial.plasticity.fresh import (
 )
 from perennial.plasticity.heads import head_slots, of_net
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.timing import Timing, stream_of
+from perennial.plasticity.timing import Due, Timing, stream_of
 from perennial.plasticity.units import Units
 
 
@@ -76,9 +76,13 @@ class Reset(Intervention):
         self._slots = of_net(self.name, every, units, self.net)
         self._whole = len(self._slots) == len(every)
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
         for slot in self._slots:
             if slot.kind == "other":
                 self.register_buffer(f"initial{slot.place}", slot.lead.clone())
+
+    def _loaded(self) -> None:
+        self.timing.reload(self.events)
 
     def after_step(self) -> None:
         due = self.timing.due(self.clock, self.events)
@@ -86,24 +90,24 @@ class Reset(Intervention):
             self._reset(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._reset(due)
 
-    def _reset(self, due: Tensor) -> None:
+    def _reset(self, due: Due) -> None:
         stream = stream_of(self.key, self.events)
         targets = self.targets if self.copies_target else ()
         for slot in self._slots:
             known = slot.kind == "other"
             new = self.get_buffer(f"initial{slot.place}") if known else fresh(slot, stream)
-            put(slot.lead, new, due)
+            put(slot.lead, new, due.copies)
             for value in slot.target_leads if targets else ():
-                put(value, slot.lead, due)
-        restore_statistics(self.units.model, self._slots, due, targets)
+                put(value, slot.lead, due.copies)
+        restore_statistics(self.units.model, self._slots, due.copies, targets)
         if self.forgets:
-            forget(self._optimizer, [slot.parameter for slot in self._slots], due)
-            self.moments.restart(due, whole=self._whole)
-        self.events.add_(due)
+            forget(self._optimizer, [slot.parameter for slot in self._slots], due.copies)
+            self.moments.restart(due.copies, which=due.which, whole=self._whole)
+        self.events.add_(due.copies)
 
 
 class HeadReset(Intervention):
@@ -159,6 +163,10 @@ class HeadReset(Intervention):
         if not self._slots:
             raise ValueError(f"{self.name}: no output layer among the parameters of {self.net!r}")
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
+
+    def _loaded(self) -> None:
+        self.timing.reload(self.events)
 
     def after_step(self) -> None:
         due = self.timing.due(self.clock, self.events)
@@ -166,21 +174,21 @@ class HeadReset(Intervention):
             self._reset(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._reset(due)
 
-    def _reset(self, due: Tensor) -> None:
+    def _reset(self, due: Due) -> None:
         stream = stream_of(self.key, self.events)
         for slot in self._slots:
             zero = self.zero and slot.kind in ("weight", "bias")
-            put(slot.lead, 0.0 if zero else fresh(slot, stream), due)
+            put(slot.lead, 0.0 if zero else fresh(slot, stream), due.copies)
             for value in slot.target_leads if self.copies_target else ():
-                put(value, slot.lead, due)
+                put(value, slot.lead, due.copies)
         if self.forgets:
-            forget(self._optimizer, [slot.parameter for slot in self._slots], due)
-            self.moments.restart(due, whole=False)
-        self.events.add_(due)
+            forget(self._optimizer, [slot.parameter for slot in self._slots], due.copies)
+            self.moments.restart(due.copies, which=due.which, whole=False)
+        self.events.add_(due.copies)
 
 
 class OptimizerReset(Intervention):
@@ -226,6 +234,10 @@ class OptimizerReset(Intervention):
                 f"what=all"
             )
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
+
+    def _loaded(self) -> None:
+        self.timing.reload(self.events)
 
     def after_step(self) -> None:
         due = self.timing.due(self.clock, self.events)
@@ -233,15 +245,15 @@ class OptimizerReset(Intervention):
             self._reset(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._reset(due)
 
-    def _reset(self, due: Tensor) -> None:
+    def _reset(self, due: Due) -> None:
         parameters = parameters_of(self._optimizer)
-        forget(self._optimizer, parameters, due, averages=self.averages)
-        self.moments.restart(due)
-        self.events.add_(due)
+        forget(self._optimizer, parameters, due.copies, averages=self.averages)
+        self.moments.restart(due.copies, which=due.which)
+        self.events.add_(due.copies)
 
 
 def _counts_steps(optimizer: Optimizer) -> bool:

@@ -13,7 +13,7 @@ from perennial.plasticity.draws import Stream
 from perennial.plasticity.fresh import Slot, forget, fresh, parameters_of, put, slots_of
 from perennial.plasticity.heads import head_slots
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.timing import Timing, stream_of
+from perennial.plasticity.timing import Due, Timing, stream_of
 from perennial.plasticity.units import Units
 
 _LEAST = 0.2  # of the dormancy variant: never shrink further
@@ -101,9 +101,13 @@ class ShrinkPerturb(Intervention):
             self._slots = [slot for slot in self._slots if slot not in heads]
             self._heads = heads if self.head == "reset" else []
         self.register_buffer("events", torch.zeros_like(self.clock.updates))
+        self.timing.reload(self.events)
         for slot in self._slots:
             if self.draw == "initial" or (slot.kind == "other" and self.draw == "init"):
                 self.register_buffer(f"initial{slot.place}", slot.lead.clone())
+
+    def _loaded(self) -> None:
+        self.timing.reload(self.events)
 
     def after_step(self) -> None:
         due = self.timing.due(self.clock, self.events)
@@ -111,26 +115,26 @@ class ShrinkPerturb(Intervention):
             self._act(due)
 
     def on_change(self) -> None:
-        due = self.timing.told(self.events)
+        due = self.timing.told(self.clock, self.events)
         if due is not None:
             self._act(due)
 
-    def _act(self, due: Tensor) -> None:
+    def _act(self, due: Due) -> None:
         stream = stream_of(self.key, self.events)
         self._mix(due, stream)
         for slot in self._heads:
-            put(slot.lead, fresh(slot, stream), due)
+            put(slot.lead, fresh(slot, stream), due.copies)
             for value in slot.target_leads:
-                put(value, slot.lead, due)
+                put(value, slot.lead, due.copies)
         if self.forgets:
-            forget(self._optimizer, parameters_of(self._optimizer), due)
-            self.moments.restart(due)
+            forget(self._optimizer, parameters_of(self._optimizer), due.copies)
+            self.moments.restart(due.copies, which=due.which)
         elif self._heads:
-            forget(self._optimizer, [slot.parameter for slot in self._heads], due)
-            self.moments.restart(due, whole=False)
-        self.events.add_(due)
+            forget(self._optimizer, [slot.parameter for slot in self._heads], due.copies)
+            self.moments.restart(due.copies, which=due.which, whole=False)
+        self.events.add_(due.copies)
 
-    def _mix(self, due: Tensor, stream: Stream) -> None:
+    def _mix(self, due: Due, stream: Stream) -> None:
         """Shrink and perturb the model, then each target."""
         if self.shrink == 1 and self.noise == 0 and not self.adapts:
             return
@@ -142,7 +146,7 @@ class ShrinkPerturb(Intervention):
                 new = value * _per_copy(shrink, value)
                 if draws:
                     new = new + _per_copy(noise, value) * draws[place]
-                put(value, new, due)
+                put(value, new, due.copies)
 
     def _factors(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """Of weights and of psi: numbers, or `[S]`."""
