@@ -17,9 +17,7 @@ class Held:
         batched: whether the parameters carry the copies axis.
     """
 
-    def __init__(
-        self, owner: nn.Module, parameters: Sequence[nn.Parameter], batched: bool
-    ) -> None:
+    def __init__(self, owner: nn.Module, parameters: Sequence[nn.Parameter], batched: bool) -> None:
         self.parameters = list(parameters)
         self.pulls: list[Tensor] = []
         for number, p in enumerate(self.parameters):

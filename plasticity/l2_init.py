@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from perennial.plasticity.base import FRESH, Intervention, Stage
@@ -99,35 +99,41 @@ class L2Init(Intervention):
         elif self.distance == "wasserstein":
             self._match()
         chosen = [
-            (p, origin, place)
+            (p, p.grad, origin, place)
             for (place, p), origin in zip(self._groups, self._origins, strict=True)
             if p.grad is not None
         ]
         if not chosen:
             return
-        weights = [p for p, _, _ in chosen]
-        origins = [origin for _, origin, _ in chosen]
-        if not self.decoupled:
-            grads = [p.grad for p in weights if p.grad is not None]
-            if self.distance in ("l2", "wasserstein") and not self.average:
-                torch._foreach_add_(grads, weights, alpha=self.strength)
-                torch._foreach_add_(grads, origins, alpha=-self.strength)
-            else:
-                pulls = self._pulls(weights, origins)
-                torch._foreach_add_(grads, pulls, alpha=self.strength)
-            return
-        pulls = self._pulls(weights, origins)
-        rates = {p["lr"] for p in self._optimizer.param_groups}
-        if self.clock.mask is None and len(rates) == 1 and isinstance(rate := rates.pop(), float):
-            torch._foreach_add_(weights, pulls, alpha=-rate * self.strength)
-            return
-        for (p, _, place), pull in zip(chosen, pulls, strict=True):
-            rate = self._optimizer.param_groups[place]["lr"] * self.strength
-            p.copy_(self.clock.keep(p - rate * pull, p))
+        weights: list[Tensor] = [p for p, _, _, _ in chosen]
+        grads = [grad for _, grad, _, _ in chosen]
+        origins = [origin for _, _, origin, _ in chosen]
+        if self.decoupled:
+            places = [place for _, _, _, place in chosen]
+            self._move(weights, self._pulls(weights, origins), places)
+        elif self.distance in ("l2", "wasserstein") and not self.average:
+            torch._foreach_add_(grads, weights, alpha=self.strength)
+            torch._foreach_add_(grads, origins, alpha=-self.strength)
+        else:
+            torch._foreach_add_(grads, self._pulls(weights, origins), alpha=self.strength)
 
-    def _pulls(self, weights: list[nn.Parameter], origins: list[Tensor]) -> list[Tensor]:
+    def _move(self, weights: list[Tensor], pulls: list[Tensor], places: list[int]) -> None:
+        """Move weights against the pulls by their group's learning rate."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if self.clock.mask is None and not any(isinstance(rate, Tensor) for rate in rates):
+            for place, rate in enumerate(rates):
+                here = [k for k, other in enumerate(places) if other == place]
+                if here:
+                    moved, by = [weights[k] for k in here], [pulls[k] for k in here]
+                    torch._foreach_add_(moved, by, alpha=-rate * self.strength)
+            return
+        for weight, pull, place in zip(weights, pulls, places, strict=True):
+            moved_to = weight - rates[place] * self.strength * pull
+            weight.copy_(self.clock.keep(moved_to, weight))
+
+    def _pulls(self, weights: list[Tensor], origins: list[Tensor]) -> list[Tensor]:
         """What the strength multiplies: the distance's gradient."""
-        pulls = list(torch._foreach_sub(weights, origins))
+        pulls = [weight - origin for weight, origin in zip(weights, origins, strict=True)]
         if self.distance == "l1":
             torch._foreach_sign_(pulls)
         elif self.distance == "norm":

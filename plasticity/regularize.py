@@ -34,7 +34,7 @@ def in_scope(units: Units, optimizer: Optimizer, scope: str) -> list[list[nn.Par
     ]
 
 
-def scale_moving(clock: Clock, weights: list[nn.Parameter], factor: float | Tensor) -> None:
+def scale_moving(clock: Clock, weights: list[Tensor], factor: float | Tensor) -> None:
     """Multiply weights by a factor, for the copies that the step moves."""
     if clock.mask is None and not isinstance(factor, Tensor):
         torch._foreach_mul_(weights, factor)
@@ -115,6 +115,6 @@ class WeightDecay(Intervention):
         if self.strength == 0:
             return
         for group, targets in zip(self._optimizer.param_groups, self._targets, strict=True):
-            moved = [p for p in targets if p.grad is not None]
+            moved: list[Tensor] = [p for p in targets if p.grad is not None]
             if moved:
                 scale_moving(self.clock, moved, 1 - group["lr"] * self.strength)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ class Spectral(Intervention):
         self._layers = [layer for layer in units.layers if layer.module.weight in owned]
         self._weights: list[Tensor] = [layer.module.weight for layer in self._layers]
         norms = {id(norm): norm for site in units for norm in site.norms}.values()
-        vectors = [layer.module.bias for layer in self._layers]
+        vectors: list[Any] = [layer.module.bias for layer in self._layers]
         vectors += [getattr(norm, "bias", None) for norm in norms]
-        gains = [getattr(norm, "weight", None) for norm in norms]
-        self._vectors = [p for p in vectors if p in owned] if self.biases else []
-        self._gains = [p for p in gains if p in owned] if self.biases else []
+        gains: list[Any] = [getattr(norm, "weight", None) for norm in norms]
+        self._vectors: list[Tensor] = [p for p in vectors if self.biases and p in owned]
+        self._gains: list[Tensor] = [p for p in gains if self.biases and p in owned]
         self._batched = units.batched
 
         # All vectors side by side, padded with zeros, `[vectors, S, widest]`, so that one operation
@@ -85,6 +85,7 @@ class Spectral(Intervention):
         self._columns = [push.t() for push in self._pushes]
         self._quiet = [self._slopes[count + k, :, :n] for k, n in enumerate(lengths)]
         self._pointers: list[int] = []
+        self._operands: list[tuple[Tensor, ...]] = []
         self._flat_grads: list[tuple[Tensor | None, Tensor]] = [(None, self.u)] * count
         for k, start in enumerate(self._start):
             draw = self._stream(_START, k + 1).normal(start.shape[-1])

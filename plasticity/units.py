@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from perennial.plasticity.copies import BatchedLinear, Init
 
@@ -236,6 +237,13 @@ class Site:
         return self.producer.weight.abs().flatten(2).mean(-1)
 
 
+@dataclass(eq=False)
+class Tap:
+    """Input of a module in the latest training forward, as it came; None before the first."""
+
+    raw: Tensor | None = None
+
+
 class Units:
     """All sites of a model, and the recorder of their activations.
 
@@ -255,13 +263,12 @@ class Units:
             self.spans.append(slice(self.total, self.total + site.n))
             self.total += site.n
         self._forced = False
-        self._readers: dict[nn.Module, list[Site]] = {}
+        self._readers: dict[nn.Module, list[Site | Tap]] = {}
         for site in sites:
             self._readers.setdefault(site.consumers[0].layer.module, []).append(site)
-        hook = _Recorder(self)
-        self._hooks = (
-            [module.register_forward_pre_hook(hook) for module in self._readers] if hooks else []
-        )
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        for module in self._readers if hooks else ():
+            self._hooks[module] = module.register_forward_pre_hook(_Recorder(self))
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -280,8 +287,16 @@ class Units:
     def record(self, layer: nn.Module, inputs: Tensor) -> None:
         """Note `inputs` of `layer` in a training forward: what the hook does, for written-out
         passes."""
-        for site in self._readers.get(layer, ()):
-            site.raw = inputs.detach() if inputs.requires_grad else inputs
+        for reader in self._readers.get(layer, ()):
+            reader.raw = inputs.detach() if inputs.requires_grad else inputs
+
+    def watch(self, module: nn.Module) -> Tap:
+        """Record the (first) input of any module in training forwards, as if it read units."""
+        tap = Tap()
+        self._readers.setdefault(module, []).append(tap)
+        if module not in self._hooks:
+            self._hooks[module] = module.register_forward_pre_hook(_Recorder(self))
+        return tap
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -299,7 +314,7 @@ class Units:
 
     def close(self) -> None:
         """Remove the recording hooks."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
 
 
