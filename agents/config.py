@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from perennial.agents.options import Kind, nearest, shown
-from perennial.agents.settings import EQUAL_BETAS, Config, PPOConfig, UsageError
+from perennial.agents.ppo_config import PPOConfig
+from perennial.agents.sac_config import SACConfig
+from perennial.agents.settings import EQUAL_BETAS, Config, UsageError
 
 __all__ = [
     "AGENTS",
     "Config",
     "PPOConfig",
+    "SACConfig",
     "UsageError",
     "build_config",
     "config_class",
@@ -32,7 +35,7 @@ __all__ = [
 
 _NOT_OPTIONS = ("agent", "versions", "grouping", "threads")  # what else config.json holds
 
-AGENTS: dict[str, type[Config]] = {PPOConfig.agent: PPOConfig}
+AGENTS: dict[str, type[Config]] = {c.agent: c for c in (PPOConfig, SACConfig)}
 
 
 def fields_of(agent: str) -> dict[str, dataclasses.Field[Any]]:
@@ -150,6 +153,7 @@ def _resolve(config: Config, betas_given: bool) -> Config:
         check_env(config.env)
         changes["env_args"] = _recordable(check_args(config.env, config.env_args))
         methods = _parse_methods(config.plasticity)
+        _check_value_loss(config.value_loss)
     except UsageError:
         raise
     except ValueError as error:
@@ -178,6 +182,13 @@ def _parse_methods(plasticity: tuple[str, ...]) -> dict[str, dict[str, Any]]:
             raise UsageError(f"plasticity: {name!r} is named twice; name each method once")
         methods[name] = dict(parameters)
     return methods
+
+
+def _check_value_loss(spec: str) -> None:
+    if spec != "mse":
+        from perennial.plasticity.value_registry import parse_spec
+
+        parse_spec(spec)
 
 
 def _recordable(env_args: dict[str, Any]) -> dict[str, Any]:

@@ -54,19 +54,19 @@ def surrogate_losses(log_ratio: Tensor, advantages: Tensor, clip_range: float) -
 
 
 def value_gradient(
-    values: Tensor, returns: Tensor, old_values: Tensor, clip_range_vf: float | None, vf_coef: float
+    values: Tensor, returns: Tensor, old_values: Tensor, clip_range_vf: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Residuals [S, B] and gradient [S, B] of `vf_coef * mean_B (returns - values)^2`.
+    """`(returns - values)^2` [S, B] and its gradient by the values.
 
-    With `clip_range_vf`, values may move at most that far from `old_values` (SB3's value clipping).
+    With `clip_range_vf`, values move at most that far from `old_values` (SB3's value clipping).
     """
     if clip_range_vf is None:
         residual = values - returns
-        return residual, residual * (2.0 * vf_coef / returns.shape[-1])
+        return residual.square(), 2.0 * residual
     move = values - old_values
     residual = old_values + move.clamp(-clip_range_vf, clip_range_vf) - returns
     inside = move.abs() <= clip_range_vf
-    return residual, residual * inside * (2.0 * vf_coef / returns.shape[-1])
+    return residual.square(), 2.0 * residual * inside
 
 
 class SurrogateGradient(NamedTuple):

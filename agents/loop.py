@@ -15,11 +15,12 @@ from perennial.agents.config import Config, UsageError
 from perennial.agents.episodes import Episodes
 from perennial.agents.ppo import PPO
 from perennial.agents.record import SeedRecorder
+from perennial.agents.sac import SAC
 from perennial.agents.streams import environment_seeds
 from perennial.envs.vector import make_vec
 
 Report = Callable[[dict[str, Any]], None]
-AGENTS: dict[str, Any] = {"ppo": PPO}
+AGENTS: dict[str, Any] = {"ppo": PPO, "sac": SAC}
 
 
 class TrainingError(RuntimeError):
@@ -152,7 +153,7 @@ class Group:
         values = {
             f"plasticity/{key}": np.asarray(value, np.float64) for key, value in measured.items()
         }
-        for name, count in self.agent.handle.counts().items():
+        for name, count in self.agent.counts().items():
             values[f"intervention/{name}/units_reset"] = count.cpu().double().numpy()
         return values
 

@@ -79,12 +79,16 @@ class Autograd:
         self.gradients = [_gradient(p) for p in net.parameters()]
         self.output: Tensor | None = None
 
-    def forward(self, x: Tensor, record: Record | None) -> Tensor:
-        """Output [S, B, n_out]; the modules' own hooks record activations, not `record`."""
+    def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
+        """Output [S, B, n_out]; the modules' own hooks record activations, not `record`.
+
+        `wants_input`: `input_gradient` will be asked for, in place of `backward`.
+        """
         for gradient in self.gradients:
             gradient.zero_()
+        self.input = x.detach().requires_grad_(wants_input)
         with torch.enable_grad():
-            self.output = self.net(x)
+            self.output = self.net(self.input)
         return self.output.detach()
 
     def backward(self, gradient: Tensor) -> None:
@@ -92,6 +96,13 @@ class Autograd:
         assert self.output is not None
         self.output.backward(gradient)
         self.output = None
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient [S, B, n_in] of sum(output * gradient) by the input; parameters get none."""
+        assert self.output is not None
+        (d_input,) = torch.autograd.grad(self.output, self.input, gradient)
+        self.output = None
+        return d_input
 
 
 def _tensors(layer: BatchedLinear) -> tuple[Tensor, Tensor]:
@@ -108,19 +119,23 @@ class WrittenOut:
     the interpreter.
     """
 
-    def __init__(self, net: MLP):
+    def __init__(self, net: MLP, only: slice | None = None):
+        """`only`: the copies to serve, for passes of one network in two threads."""
         modules = list(net)
+        only = slice(None) if only is None else only
         self.layers: list[BatchedLinear] = [m for m in modules if isinstance(m, BatchedLinear)]
         self.activate, self.differentiate = _WRITTEN_OUT[type(modules[1])]
-        self.copies = self.layers[0].weight.shape[0]
+        self.copies = len(range(self.layers[0].copies)[only])
         # One copy is the ordinary case: plain matrix products on views made once.
         self.parts = [
-            (weight[0], bias[0]) if self.copies == 1 else (weight, bias[:, None])
+            (weight[only][0], bias[only][0])
+            if self.copies == 1
+            else (weight[only], bias[only][:, None])
             for weight, bias in map(_tensors, self.layers)
         ]
         self.gradients = []
         for layer in self.layers:
-            pair = _gradient(layer.weight), _gradient(layer.bias)
+            pair = _gradient(layer.weight)[only], _gradient(layer.bias)[only]
             self.gradients.append((pair[0][0], pair[1][0]) if self.copies == 1 else pair)
         self.hidden: list[Tensor] = []
         self.buffers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -148,7 +163,7 @@ class WrittenOut:
             self.buffers[batch] = outs, [torch.empty_like(out) for out in outs[:-1]]
         return self.buffers[batch]
 
-    def forward(self, x: Tensor, record: Record | None = None) -> Tensor:
+    def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
         """Output [S, B, n_out] in a buffer that the next forward of this batch size overwrites."""
         outs, _ = self._space(x.shape[1])
         alone = self.copies == 1
@@ -182,6 +197,16 @@ class WrittenOut:
             if k:
                 product(gradient, self.parts[k][0], out=spare[k - 1])
                 gradient = self.differentiate(spare[k - 1], x)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient [S, B, n_in] of sum(output * gradient) by the input; parameters get none."""
+        alone = self.copies == 1
+        if alone:
+            gradient = gradient[0]
+        for k in range(len(self.parts) - 1, 0, -1):
+            gradient = self.differentiate(gradient @ self.parts[k][0], self.hidden[k])
+        d_input = gradient @ self.parts[0][0]
+        return d_input[None] if alone else d_input
 
 
 class Acting:
@@ -221,6 +246,9 @@ class Acting:
         return h @ weight + bias
 
 
-def passes(net: nn.Module) -> Autograd | WrittenOut:
+Passes = Autograd | WrittenOut
+
+
+def passes(net: nn.Module) -> Passes:
     """The fastest training passes that `net` allows."""
     return WrittenOut(net) if WrittenOut.fits(net) else Autograd(net)  # type: ignore[arg-type]

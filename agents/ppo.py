@@ -34,7 +34,7 @@ from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import explained_variance, generalised_advantages
 from perennial.agents.streams import Streams
 from perennial.agents.tally import Tally
-from perennial.plasticity import attach, find_units, make, metrics
+from perennial.plasticity import attach, find_units, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 
 _PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
@@ -68,7 +68,10 @@ class PPO:
         self.config, self.seeds, self.device = config, seeds, torch.device(device)
         n_obs, n_act = sizes(config, observation_space, action_space)
         self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
-        self.net = ActorCritic(config, n_obs, n_act, seeds).to(self.device, dtype)
+        self.codec = values.make(config.value_loss)
+        self.net = ActorCritic(config, n_obs, n_act, self.codec.outputs, seeds).to(
+            self.device, dtype
+        )
         self.optimizer = BatchedAdam(
             self.net.parameters(), lr=config.learning_rate, betas=config.betas, eps=config.adam_eps
         )
@@ -195,13 +198,8 @@ class PPO:
         """Values [S, B] (on the CPU) of normalised observations [S, B, D]."""
         chunks = observations.split(_CHUNK, dim=1)
         with torch.no_grad():
-            return torch.cat(
-                [self.value_forward(c.to(self.device))[..., 0].cpu() for c in chunks], dim=1
-            )
-
-    def value_forward(self, observations: Tensor) -> Tensor:
-        """Value network without bookkeeping for training."""
-        return self.net.value(observations)
+            outputs = [self.net.value(c.to(self.device)) for c in chunks]
+            return torch.cat([self.codec.decode(x).cpu() for x in outputs], dim=1)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions [..., A] without noise for raw observations [..., D], of the first copy."""
@@ -260,8 +258,8 @@ class PPO:
             tally.start_epoch(rows.advantages)
             for first in range(0, n, size):
                 minibatch = Batch(*(x[:, first : first + size] for x in rows))
-                step, residual = self._gradients(minibatch)
-                tally.add(step, residual, active)
+                step, value_loss = self._gradients(minibatch)
+                tally.add(step, value_loss, active)
                 if config.target_kl is not None:
                     limit = 1.5 * config.target_kl
                     kl = approximate_kl(step.log_ratio).tolist()
@@ -277,16 +275,20 @@ class PPO:
         return self._losses(tally, batch, rate)
 
     def _gradients(self, batch: Batch) -> tuple[SurrogateGradient, Tensor]:
-        """Leave the loss' gradients in `.grad`; surrogate parts, value residuals [S, B]."""
+        """Leave the loss' gradients in `.grad`; surrogate parts, value losses [S, B]."""
         config = self.config
 
         def value_side() -> Tensor:
-            values = self.value_passes.forward(batch.observations, self.record)[..., 0]
-            residual, gradient = value_gradient(
-                values, batch.returns, batch.values, config.clip_range_vf, config.vf_coef
-            )
-            self.value_passes.backward(gradient[..., None])
-            return residual
+            output = self.value_passes.forward(batch.observations, self.record)
+            if config.value_loss == "mse":
+                loss, gradient = value_gradient(
+                    output[..., 0], batch.returns, batch.values, config.clip_range_vf
+                )
+                gradient = gradient[..., None]
+            else:
+                loss, gradient = self.codec.loss(output, self.codec.encode(batch.returns))
+            self.value_passes.backward(gradient * (config.vf_coef / loss.shape[-1]))
+            return loss
 
         aside = self.aside.submit(value_side) if self.aside is not None else None
         step = self.net.distribution.surrogate(
@@ -330,17 +332,21 @@ class PPO:
             "n_updates": self.updates.copy(),
         }
 
-    def measure(self) -> dict[str, Tensor]:
+    def measure(self) -> dict[str, Any]:
         """Correlates of plasticity [S] by key, on a fixed number of the rollout's observations."""
         rows = self.observations.flatten(1, 2)[:, :_PROBE_ROWS].to(self.device)
         with torch.no_grad(), self.units.recording():
             self.net(rows)
-        measured = metrics.measure(self.units)
+        measured: dict[str, Any] = dict(metrics.measure(self.units))
         if self.clip_scale is not None:  # gradients are told as they were before clipping
             for key in measured:
                 if key.endswith("gradient_norm"):
                     measured[key] = measured[key] / self.clip_scale[:, 0]
         return measured
+
+    def counts(self) -> dict[str, Tensor]:
+        """Units recycled so far [S] by each method."""
+        return self.handle.counts()
 
     # ---- state
     # -------------------------------------------------------------------------------------------

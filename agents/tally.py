@@ -12,11 +12,11 @@ from perennial.agents.distributions import SurrogateGradient, surrogate_losses
 
 
 class Tally:
-    """Log ratios and value residuals of every minibatch; what a minibatch adds is two copies."""
+    """Log ratios and value losses of every minibatch; what a minibatch adds is two copies."""
 
     def __init__(self, copies: int, epochs: int, minibatches: int, size: int, like: Tensor):
         self.log_ratios = like.new_zeros(epochs, minibatches, copies, size)
-        self.residuals = torch.zeros_like(self.log_ratios)
+        self.value_losses = torch.zeros_like(self.log_ratios)
         self.advantages = torch.zeros_like(self.log_ratios)
         self.entropies = like.new_zeros(epochs, minibatches, copies)
         self.seen = np.zeros(copies, np.int64)  # minibatches of each seed before it stopped
@@ -29,10 +29,10 @@ class Tally:
         by_minibatch = advantages.view(shape[2], shape[1], shape[3])
         self.advantages[self.epoch] = by_minibatch.transpose(0, 1)
 
-    def add(self, step: SurrogateGradient, residual: Tensor, active: Sequence[bool]) -> None:
+    def add(self, step: SurrogateGradient, value_loss: Tensor, active: Sequence[bool]) -> None:
         """Take one minibatch; it counts for the seeds that are `active`."""
         self.log_ratios[self.epoch, self.k] = step.log_ratio
-        self.residuals[self.epoch, self.k] = residual
+        self.value_losses[self.epoch, self.k] = value_loss
         self.entropies[self.epoch, self.k] = step.entropy
         self.seen += active
         self.k += 1
@@ -40,7 +40,7 @@ class Tally:
     def losses(self, clip_range: float, ent_coef: float, vf_coef: float) -> dict[str, np.ndarray]:
         """Means [S] over the minibatches that each seed has seen; `loss` is the last one's."""
         parts = surrogate_losses(self.log_ratios, self.advantages, clip_range)
-        parts["value_loss"] = self.residuals.square().mean(-1)
+        parts["value_loss"] = self.value_losses.mean(-1)
         parts["entropy_loss"] = -self.entropies
         parts["loss"] = (
             parts["policy_gradient_loss"]

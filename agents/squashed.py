@@ -1,0 +1,63 @@
+"""SAC's policy: a Gaussian squashed by tanh, with its gradients written out.
+
+As in Stable-Baselines3: log standard deviations are clipped to [-20, 2], and 1e-6 keeps the
+logarithm of the squashing's slope finite.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOW, _HIGH = -20.0, 2.0
+_EPSILON = 1e-6
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class Squashed(NamedTuple):
+    """A sample of the policy and what its gradient needs."""
+
+    actions: Tensor  # [S, B, A] in (-1, 1)
+    log_prob: Tensor  # [S, B]
+    stretched: Tensor  # [S, B, A], deviation times noise
+    inside: Tensor  # [S, B, A], 1 where the log deviation is not clipped
+
+
+class SquashedGaussian:
+    """Actions tanh(mean + exp(log_std) noise); network outputs are means, then log deviations."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def act(self, output: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Actions [S, E, A] of outputs [S, E, 2A], on the host."""
+        mean, log_std = np.split(output, 2, axis=-1)
+        return np.tanh(mean + np.exp(np.clip(log_std, _LOW, _HIGH)) * noise)
+
+    def sample(self, output: Tensor, noise: Tensor) -> Squashed:
+        """Actions of outputs [S, B, 2A] and noise [S, B, A], with their log density."""
+        mean, raw = output.chunk(2, -1)
+        log_std = raw.clamp(_LOW, _HIGH)
+        stretched = log_std.exp() * noise
+        actions = torch.tanh(mean + stretched)
+        gaussian = noise.square().mul_(-0.5).sub_(log_std).sub_(_HALF_LOG_2PI).sum(-1)
+        slope = torch.log(1.0 - actions.square() + _EPSILON).sum(-1)
+        inside = ((raw >= _LOW) & (raw <= _HIGH)).to(raw.dtype)
+        return Squashed(actions, gaussian - slope, stretched, inside)
+
+    def gradient(self, policy: Squashed, d_value: Tensor, ent_coef: Tensor) -> Tensor:
+        """Gradient [S, B, 2A] of `ent_coef log_prob - value` by the outputs, per row.
+
+        d_value [S, B, A]: gradient of the value by the actions; ent_coef broadcasts to [S, B, A].
+        """
+        actions = policy.actions
+        slope = 1.0 - actions.square()
+        # log_prob depends on the mean through the squashing alone: the noise is what is given.
+        d_log_prob = 2.0 * actions * slope / (slope + _EPSILON)
+        d_mean = ent_coef * d_log_prob - d_value * slope
+        d_log_std = (d_mean * policy.stretched - ent_coef) * policy.inside
+        return torch.cat([d_mean, d_log_std], -1)
