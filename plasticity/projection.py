@@ -25,23 +25,32 @@ def norm_of(weight: Tensor, axes: int) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(axes, weight.ndim)))
 
 
-def project(weight: Tensor, radius: Tensor, due: Tensor) -> None:
-    """Rescale `weight` `[S, out, ...]` to norm `radius`, in the copies that are `due` `[S]`.
+def norms_of(weights: Sequence[Tensor], axes: int) -> Tensor:
+    """Norms of several weights side by side: `[S, weights]`, or `[S, units]` for 2 axes."""
+    return torch.cat([norm_of(w, axes).view(len(w), -1) for w in weights], 1)
 
-    radius: `[S]` of each copy's whole tensor, or `[S, out]` of each row. Tensors and rows that are
-    zero, or were at first, stay as they are.
+
+def project(weights: Sequence[Tensor], radius: Tensor, due: Tensor, axes: int) -> None:
+    """Rescale weights `[S, out, ...]` to norm `radius`, in the copies that are `due` `[S]`.
+
+    radius: as of `norms_of`. What is zero, or was at first, stays as it is.
     """
-    norm = norm_of(weight, radius.ndim)
-    due = due.view(-1, *[1] * (radius.ndim - 1))
-    factor = torch.where(due & (norm > 0) & (radius > 0), radius / norm, 1.0)
-    weight.mul_(factor.view(*factor.shape, *[1] * (weight.ndim - radius.ndim)))
+    norm = norms_of(weights, axes)
+    held = (norm * radius > 0) & due.unsqueeze(-1)
+    factors = torch.where(held, radius / norm, 1.0)
+    sizes = [w.shape[1] if axes == 2 else 1 for w in weights]
+    for weight, factor in zip(weights, factors.split(sizes, 1), strict=True):
+        weight.mul_(factor.view(len(weight), -1, *[1] * (weight.ndim - 2)))
 
 
-def with_targets(layer: Layer, targets: Sequence[nn.Module]) -> list[Layer]:
-    """The layer and its likes in target networks: an average of weights is shorter than they are,
-    so a target that follows them would drift below their norm."""
-    likes = [target.get_submodule(layer.name) for target in targets]
-    return [layer, *(Layer(layer.name, layer.key, like) for like in likes)]
+def _with_targets(layers: Sequence[Layer], targets: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """The layers' weights, and those of each target network: an average of weights is shorter than
+    they are, so a target that follows them would drift below their norm."""
+    likes = [
+        [Layer(layer.name, layer.key, target.get_submodule(layer.name)) for layer in layers]
+        for target in targets
+    ]
+    return [[layer.weight for layer in group] for group in (layers, *likes)] if layers else []
 
 
 class NormalizeAndProject(Intervention):
@@ -81,7 +90,7 @@ class NormalizeAndProject(Intervention):
         super().__init__()
         check(self.name, {"gains": gains, "decay": decay, "every": every})
         self.gains, self.decay, self.every = gains, decay, every
-        self._layers: list[list[Layer]] = []  # each with its likes in targets
+        self._weights: list[list[Tensor]] = []  # of the network, and of each target
         self._affine: list[tuple[Tensor, Tensor]] = []  # gain and offset `[S, n]`
 
     def rewrite(
@@ -113,20 +122,16 @@ class NormalizeAndProject(Intervention):
             for layer in units.layers
             if getattr(layer.module, "scale_free", False) and layer.module.weight in owned
         ]
-        self._layers = [with_targets(layer, self.targets) for layer in layers]
+        self._weights = _with_targets(layers, self.targets)
         self._affine = [] if self.gains == "fixed" else list(_affine(units))
-        radii = [norm_of(layer.weight, 1) for layer in layers]
-        shape = (self.clock.copies, 0)
-        radius = torch.stack(radii, 1) if radii else torch.zeros(shape, device=units.device)
-        self.register_buffer("radius", radius)
+        self.register_buffer("radius", _radii(self._weights, 1, units))
 
     def after_step(self) -> None:
         due = None if self.every == 0 else self.clock.due(self.every)
         if due is None:
             return
-        for place, layers in enumerate(self._layers):
-            for layer in layers:
-                project(layer.weight, self.radius[:, place], due)
+        for weights in self._weights:
+            project(weights, self.radius, due, 1)
         for gain, offset in self._affine:
             if self.gains == "project":
                 squares = gain.square().sum(-1) + offset.square().sum(-1)
@@ -138,6 +143,13 @@ class NormalizeAndProject(Intervention):
                 share = torch.where(due, self.decay, 0.0).to(gain.dtype).unsqueeze(-1)
                 gain.add_(share * (1 - gain))
                 offset.mul_(1 - share)
+
+
+def _radii(weights: Sequence[Sequence[Tensor]], axes: int, units: Units) -> Tensor:
+    """Norms of the network's weights, as `norms_of` has them."""
+    if weights:
+        return norms_of(weights[0], axes)
+    return torch.zeros(units.copies, 0, dtype=units.dtype, device=units.device)
 
 
 def _affine(units: Units) -> list[tuple[Tensor, Tensor]]:
@@ -173,6 +185,8 @@ class WeightNorm(Intervention):
     name: ClassVar[str] = "weight-norm"
     stage: ClassVar[Stage] = Stage.PROJECT
 
+    radius: Tensor
+
     def __init__(
         self,
         per: str = default("weight-norm", "per"),
@@ -183,7 +197,8 @@ class WeightNorm(Intervention):
         super().__init__()
         check(self.name, {"per": per, "scope": scope, "scale": scale, "every": every})
         self.per, self.scope, self.scale, self.every = per, scope, scale, every
-        self._layers: list[list[Layer]] = []  # each with its likes in targets
+        self._axes = 2 if per == "unit" else 1
+        self._weights: list[list[Tensor]] = []  # of the network, and of each target
 
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         owned = {p for group in optimizer.param_groups for p in group["params"]}
@@ -193,15 +208,13 @@ class WeightNorm(Intervention):
             for layer in units.layers
             if layer.module.weight in owned and (self.scope == "all" or layer.name in hidden)
         ]
-        self._layers = [with_targets(layer, self.targets) for layer in layers]
-        axes = 2 if self.per == "unit" else 1
-        for place, layer in enumerate(layers):
-            self.register_buffer(f"radius_{place}", norm_of(layer.weight, axes) * self.scale)
+        self._weights = _with_targets(layers, self.targets)
+        radius = _radii(self._weights, self._axes, units)
+        self.register_buffer("radius", radius * self.scale)
 
     def after_step(self) -> None:
         due = None if self.every == 0 else self.clock.due(self.every)
         if due is None:
             return
-        for place, layers in enumerate(self._layers):
-            for layer in layers:
-                project(layer.weight, self.get_buffer(f"radius_{place}"), due)
+        for weights in self._weights:
+            project(weights, self.radius, due, self._axes)

@@ -195,9 +195,8 @@ class SimBa(Intervention):
         due = self.clock.due(1)
         if due is None:
             return
-        for layer in self._layers:
-            weight = layer.weight
-            project(weight, weight.new_ones(weight.shape[:2]), due)
+        weights = [layer.weight for layer in self._layers]
+        project(weights, torch.ones_like(due, dtype=weights[0].dtype).unsqueeze(-1), due, 2)
 
 
 class _Maker:

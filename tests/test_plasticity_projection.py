@@ -87,10 +87,10 @@ def test_projection_changes_no_output_and_is_idempotent():
     before = net(batch()).detach()
     due = torch.ones(3, dtype=torch.bool)
     for layer, radius in zip(hidden(net), radii, strict=True):
-        project(layer.weight.data, radius, due)
+        project([layer.weight.data], radius.unsqueeze(-1), due, 1)
         assert torch.allclose(norm_of(layer.weight, 1), radius, rtol=1e-14)
         once = layer.weight.detach().clone()
-        project(layer.weight.data, radius, due)
+        project([layer.weight.data], radius.unsqueeze(-1), due, 1)
         assert torch.allclose(layer.weight, once, rtol=1e-15)
     assert torch.allclose(net(batch()), before, atol=1e-12)
 
@@ -189,7 +189,7 @@ def test_radii_are_state():
     rewrite(net, "nap", generators=generators)
     handle = train(net, ["nap", "weight-norm"], steps=1)
     state = handle.state_of(2)
-    assert state["nap.radius"].shape == (2,) and state["weight-norm.radius_0"].shape == ()
+    assert state["nap.radius"].shape == (2,) and state["weight-norm.radius"].shape == (2,)
     handle.interventions["nap"].radius.mul_(2.0)
     handle.load_state_of(2, state)
     assert torch.allclose(
@@ -241,10 +241,10 @@ def test_weight_norm_never_is_identity():
 
 def test_zero_tensors_stay():
     weight = torch.zeros(2, 3, 4)
-    project(weight, torch.ones(2), torch.ones(2, dtype=torch.bool))
+    project([weight], torch.ones(2, 1), torch.ones(2, dtype=torch.bool), 1)
     assert torch.equal(weight, torch.zeros(2, 3, 4))
     weight = torch.ones(2, 3, 4)  # that was zero at first
-    project(weight, torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    project([weight], torch.zeros(2, 1), torch.ones(2, dtype=torch.bool), 1)
     assert torch.equal(weight, torch.ones(2, 3, 4))
 
 
