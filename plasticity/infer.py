@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp
 from torch.optim import Optimizer
 
 from perennial.plasticity.base import Intervention, Stage
@@ -19,6 +19,7 @@ from perennial.plasticity.registry import check, default
 from perennial.plasticity.units import WEIGHTED, Layer, Tap, Units
 
 _HEADS = 1  # word of the stream of the heads
+_Backward = Callable[[Tensor], tuple[Tensor | None, ...]]
 
 
 @dataclass(eq=False)
@@ -44,17 +45,26 @@ class _Trunk:
     catching: bool = False
     caught: Tensor | None = None
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features `[S, B, n]` (S = 1 for ordinary modules) with the weights as they are."""
-        self.catching = self.catches
-        return self._shaped(self.module(x))
+    def differentiate(self, x: Tensor) -> tuple[Tensor, _Backward]:
+        """Features `[S, B, n]` (S = 1 for ordinary modules) with the weights as they are, and the
+        function from their gradient to that of each parameter."""
+        if torch.compiler.is_compiling():  # which knows no other way
+            features, backward, *_ = vjp(lambda p: self._call(p, x), dict(self.parameters))
+            return features, lambda gradient: tuple(backward(gradient)[0].values())
+        with torch.enable_grad():
+            features = self._call({}, x)
+        parameters = list(self.parameters.values())
+        return features.detach(), lambda gradient: torch.autograd.grad(
+            features, parameters, gradient, allow_unused=True
+        )
 
     def first_features(self, x: Tensor) -> Tensor:
-        """The same with the weights at `attach`."""
-        self.catching = self.catches
-        return self._shaped(functional_call(self.module, self.frozen, (x,)))
+        """The same features with the weights at `attach`."""
+        return self._call(self.frozen, x)
 
-    def _shaped(self, output: Any) -> Tensor:
+    def _call(self, weights: dict[str, Any], x: Tensor) -> Tensor:
+        self.catching = self.catches
+        output: Any = functional_call(self.module, weights, (x,)) if weights else self.module(x)
         if self.catches:
             output, self.caught, self.catching = self.caught, None, False
         batched = self.reader.batched
@@ -188,14 +198,12 @@ class InFeR(Intervention):
                 f"call the module itself, with gradients enabled"
             )
         heads = self.get_buffer(f"heads_{number}")
-        parameters = list(trunk.parameters.values())
         target = trunk.first_features(x) @ self.get_buffer(f"first_heads_{number}").mT
-        with torch.enable_grad():
-            features = trunk.features(x)
-        error = features.detach() @ heads.mT - self.scale * target  # [S, B, heads]
+        features, backward = trunk.differentiate(x)
+        error = features @ heads.mT - self.scale * target  # [S, B, heads]
         error.mul_(2 * self.strength / error.shape[1])
-        pulls = torch.autograd.grad(features, parameters, error @ heads, allow_unused=True)
-        return error.mT @ features.detach(), pulls
+        pulls = backward(error @ heads)
+        return error.mT @ features, pulls
 
     def _teach(self, number: int, gradient: Tensor, due: Tensor) -> None:
         """One step of Adam for the heads of the copies that are due."""
