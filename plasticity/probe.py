@@ -40,6 +40,7 @@ def find_units(
     *,
     edges: Edges | None = None,
     skip: Iterable[str] = (),
+    keys: Mapping[str, str] | None = None,
 ) -> Units:
     """The hidden units of `model` and their wiring; leaves the model and all random streams as
     they were.
@@ -51,6 +52,7 @@ def find_units(
         forward: how to call the model; default `model(example)`, `model(*example)` for a tuple.
         edges: columns `[n, k]` of pairs (producer, consumer) that the probe cannot see.
         skip: names of producers to leave out.
+        keys: what layers are called in metrics, `<net>/<index>` by name; default from their names.
 
     Raises:
         ValueError: units mix before they reach the next layer (attention, functional
@@ -73,8 +75,8 @@ def find_units(
             raise ValueError(f"no layer named {name!r}; there are {', '.join(modules)}")
     if forward is None:
         forward = _call(model)
-    keys = _keys(list(modules))
-    layers = {name: Layer(name, keys[name], m) for name, m in modules.items()}
+    tags = _keys(list(modules)) | dict(keys or {})
+    layers = {name: Layer(name, tags[name], m) for name, m in modules.items()}
     batched = any(layer.batched for layer in layers.values())
     axis = 1 if batched else 0
     probes = {name: _Probe(layer, layers) for name, layer in layers.items()}

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from perennial.plasticity import draws, metrics
-from perennial.plasticity.base import Intervention, attach
+from perennial.plasticity import metrics
+from perennial.plasticity.base import Intervention
 from perennial.plasticity.sb3_networks import (
     Network,
     example_of,
     measured_batch,
     networks_of,
     part_of,
-    view_of,
 )
 
 Log = Callable[[Mapping[str, float]], None]
@@ -43,15 +42,7 @@ class Part:
         self.units, self._recorder = network.find(example_of(model.policy), optimizer)
         self._hooks: list[Any] = []
         try:
-            self.handle = attach(
-                [copy.deepcopy(method) for method in methods],
-                self.units,
-                optimizer,
-                # Actor and critic of one seed must not draw the same numbers.
-                seeds=[draws.key_of(seed, network.name)],
-                hooks=False,
-                targets=[] if network.target is None else [view_of(network.target)],
-            )
+            self.handle = network.attach([copy.deepcopy(m) for m in methods], self.units, seed)
         except ValueError:
             self.close()
             raise
@@ -74,9 +65,9 @@ class Part:
         if batch is None:
             return {}
         recorded = [site.raw for site in self.units]
-        modes = [(module, module.training) for module in self.network.whole.modules()]
+        modes = [(module, module.training) for module in self.network.module.modules()]
         try:
-            self.network.whole.eval()
+            self.network.module.eval()
             with self._recorder.recording():
                 self.network.forward(batch)
             return dict(metrics.measure(self.units))
@@ -156,10 +147,10 @@ class Live:
 
     def _restore(self, before: Snapshot) -> None:
         self.task = before["task"]
-        if not any(before["methods"].values()):  # metrics alone leave nothing to go on from
-            return
         for part in self.parts:
             own, had = list(part.handle.interventions), before["methods"][part.network.name]
+            if not any(before["methods"].values()) and own:  # metrics alone: nothing to go on from
+                continue
             if own != had:
                 raise ValueError(
                     f"the model's {part.network.name} learned with methods {had}, now given are "

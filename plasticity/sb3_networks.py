@@ -6,7 +6,7 @@ The optimizer of SAC's temperature owns none, so nothing is ever attached to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from perennial.plasticity.base import Intervention
+from perennial.plasticity import draws
+from perennial.plasticity.base import Handle, Intervention, attach
 from perennial.plasticity.copies import Init
 from perennial.plasticity.probe import find_units
 from perennial.plasticity.units import WEIGHTED, Units
@@ -38,30 +39,24 @@ class Network:
 
     Attributes:
         name: of its random streams and saved state.
-        whole: module that is run and put into evaluation mode.
-        nets: path -> modules whose layers stand under it, in order; its last step is the net in
-            tags.
+        module: what is run, and put into evaluation mode.
+        nets: name in tags -> modules whose layers stand under it, in order.
         forward: runs it on a batch; returns whatever leaves it.
         optimizer: None for a target network.
-        target: the slow copy that this network feeds, parameter by parameter.
+        target: the slow copy that it feeds, parameter by parameter.
     """
 
     name: str
-    whole: nn.Module
+    module: nn.Module
     nets: dict[str, list[nn.Module]]
     forward: Callable[[Batch], Any]
     optimizer: Optimizer | None = None
     target: Network | None = None
 
     @property
-    def parts(self) -> list[str]:
-        """Paths of the nets that have layers."""
-        return [path for path, modules in self.nets.items() if _layers(modules)]
-
-    @property
     def names(self) -> set[str]:
-        """What `net=` of a method may call a part of it."""
-        return {self.name, *self.parts, *(path.rpartition(".")[2] for path in self.parts)}
+        """What `net=` of a method may call the network or a part of it."""
+        return {self.name, *(key.rpartition("/")[0] for key in self._keys().values())}
 
     def concerns(self, method: Intervention) -> bool:
         """Whether a method is for this network, or for a part of it."""
@@ -70,13 +65,33 @@ class Network:
 
     def find(self, example: Batch, optimizer: Optimizer) -> tuple[Units, Units]:
         """The units whose incoming weights `optimizer` owns; and all, to be closed in the end."""
-        every = find_units(view_of(self), example, self.forward)
+        every = find_units(self.module, example, self.forward, keys=self._keys())
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         sites = [site for site in every if site.producer.module.weight in owned]
         layers = [layer for layer in every.layers if layer.module.weight in owned]
         if len(layers) == len(every.layers):
             return every, every
         return Units(every.model, sites, layers, hooks=False), every
+
+    def attach(self, methods: Sequence[Intervention], units: Units, seed: int = 0) -> Handle:
+        """Methods, made for this network, at work on it; its loop calls the handle."""
+        assert self.optimizer is not None
+        for method in methods:
+            if part_of(method) == self.name and self.name not in self.nets:
+                method.net = "all"  # type: ignore[assignment]  # of what this optimizer trains
+        # Actor and critic of one seed must not draw the same numbers.
+        seeds = [draws.key_of(seed, self.name)]
+        targets = [] if self.target is None else [self.target.module]
+        return attach(methods, units, self.optimizer, seeds=seeds, hooks=False, targets=targets)
+
+    def _keys(self) -> dict[str, str]:
+        """Tags `<net>/<index>` of the layers by their names in the module."""
+        names = {module: name for name, module in self.module.named_modules()}
+        keys: dict[str, str] = {}
+        for net, modules in self.nets.items():
+            layers = [m for root in modules for m in root.modules() if isinstance(m, WEIGHTED)]
+            keys |= {names[layer]: f"{net}/{place}" for place, layer in enumerate(layers)}
+        return keys
 
 
 def part_of(method: Intervention) -> str:
@@ -191,15 +206,15 @@ def _actor(policy: SACPolicy) -> Network:
         # Where the critic reads the actor's features, their outgoing weights are its weights too.
         return parameters, critic(*batch) if shared else None
 
-    whole = nn.ModuleList([actor, critic]) if shared else actor
-    return Network("actor", whole, nets, forward, actor.optimizer)
+    module = nn.ModuleList([actor, critic]) if shared else actor
+    return Network("actor", module, nets, forward, actor.optimizer)
 
 
 def _twins(name: str, critic: ContinuousCritic, target: Network | None = None) -> Network:
     nets: dict[str, list[nn.Module]] = {}
     if not critic.share_features_extractor:
-        nets["critic.features"] = [critic.features_extractor]
-    nets |= {f"critic.qf{place}": [net] for place, net in enumerate(critic.q_networks)}
+        nets["features"] = [critic.features_extractor]
+    nets |= {f"qf{place}": [net] for place, net in enumerate(critic.q_networks)}
     optimizer = getattr(critic, "optimizer", None)
     return Network(name, critic, nets, lambda batch: critic(*batch), optimizer, target)
 
@@ -209,29 +224,6 @@ def _q_net(
 ) -> Network:
     nets: dict[str, list[nn.Module]] = {"q_net": [net.features_extractor, net.q_net]}
     return Network(name, net, nets, lambda batch: net(batch[0]), optimizer, target)
-
-
-def view_of(network: Network) -> nn.ModuleDict:
-    """A view of a network whose layers come first under the names of its tags.
-
-    Modules are named by the first path to them, so the layers are `policy.0`, `policy.1`, ...
-    whatever SB3 calls them; all else (nonlinearities, norms) follows under `rest`.
-    """
-    view = nn.ModuleDict()
-    for path in network.parts:
-        place = view
-        *above, last = path.split(".")
-        for name in above:
-            if name not in place:
-                place[name] = nn.ModuleDict()
-            place = place[name]  # type: ignore[assignment]
-        place[last] = nn.ModuleList(_layers(network.nets[path]))
-    view["rest"] = network.whole
-    return view
-
-
-def _layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
-    return [m for root in modules for m in root.modules() if isinstance(m, WEIGHTED)]
 
 
 def _zeros(space: spaces.Space) -> Any:

@@ -21,11 +21,11 @@ from torch import nn
 
 from perennial.plasticity import registry
 from perennial.plasticity.architecture import rewrite
-from perennial.plasticity.base import Intervention, attach
+from perennial.plasticity.base import Intervention
 from perennial.plasticity.branches import Frozen, branches_of
 from perennial.plasticity.copies import Init
 from perennial.plasticity.injection import PlasticityInjection
-from perennial.plasticity.sb3_networks import Network, example_of, networks_of, view_of
+from perennial.plasticity.sb3_networks import Network, example_of, networks_of
 
 
 class _Rewritten:
@@ -206,9 +206,7 @@ def _inject(policy: BasePolicy, network: Network, injections: Sequence[Intervent
     """Put the hooks of injected heads on a network; the heads are empty as yet."""
     assert network.optimizer is not None
     units, every = network.find(example_of(policy), network.optimizer)
-    targets = [] if network.target is None else [view_of(network.target)]
-    injections = [method for method in injections if network.concerns(method)]
-    attach(injections, units, network.optimizer, hooks=False, targets=targets).detach()
+    network.attach([m for m in injections if network.concerns(m)], units).detach()
     every.close()
 
 
@@ -216,7 +214,7 @@ def _frozen_heads(policy: BasePolicy) -> dict[str, Frozen]:
     """By the name of the network that they are on."""
     found = {}
     for network in networks_of(policy):
-        for module in network.whole.modules():
+        for module in network.module.modules():
             for branches in branches_of(module):
                 found[network.name] = branches.frozen
     return found
