@@ -29,3 +29,8 @@ if "perennial/SlipperyAnt-v0" not in registry:  # a reload of the module must no
         vector_entry_point="perennial.envs.slippery_ant_vector:SlipperyAntVectorEnv",
         max_episode_steps=1000,
     )
+    register(
+        id="perennial/AtariSwitch-v0",
+        entry_point="perennial.envs.atari_switch:AtariSwitchEnv",
+        vector_entry_point="perennial.envs.atari_switch_vector:AtariSwitchVectorEnv",
+    )

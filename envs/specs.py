@@ -4,100 +4,15 @@ One table serves the command line (strings), the constructors (values) and `pere
 """
 
 import ast
-import difflib
 import importlib.util
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from perennial.envs import schedules
-
-
-@dataclass(frozen=True)
-class Param:
-    """One parameter of an environment.
-
-    kind: "int", "float", "numbers" (a tuple of floats), "choice" or "flag". `low` and `high` bound
-    every number, `size` the length of "numbers". `optional` parameters take None ("none").
-    """
-
-    name: str
-    kind: str
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    size: int | None = None
-    optional: bool = False
-
-    def parse(self, value: Any) -> Any:
-        """The checked value of a string or a Python value; ValueError in one line."""
-        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
-            if self.optional:
-                return None
-            raise ValueError(f"{self.name} must be {self._wanted()}; got none")
-        if self.kind == "choice":
-            return self._choice(value)
-        if self.kind == "flag":
-            return self._flag(value)
-        if self.kind == "numbers":
-            return self._numbers(value)
-        return self._number(value, whole=self.kind == "int")
-
-    def _choice(self, value: Any) -> str:
-        if value in self.choices:
-            return str(value)
-        raise ValueError(f"{self.name}={value}: {_nearest(str(value), self.choices)}")
-
-    def _flag(self, value: Any) -> bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        flag = value if isinstance(value, bool) else words.get(str(value).strip().lower())
-        if flag is None:
-            raise ValueError(f"{self.name} must be true or false; got {value}")
-        return flag
-
-    def _numbers(self, value: Any) -> tuple[float, ...]:
-        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, Iterable):
-            parts = [parts]
-        numbers = tuple(float(self._number(part, whole=False)) for part in parts)
-        if self.size is not None and len(numbers) != self.size:
-            raise ValueError(f"{self.name} must be {self._wanted()}; got {len(numbers)}: {value}")
-        if not numbers:
-            raise ValueError(f"{self.name} must be {self._wanted()}; got none")
-        return numbers
-
-    def _number(self, value: Any, whole: bool) -> int | float:
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = _to_number(value)
-            if not math.isfinite(number) or (whole and number != int(number)):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{self.name} must be {self._wanted()}; got {value}") from None
-        too_low = self.low is not None and number < self.low
-        if too_low or (self.high is not None and number > self.high):
-            raise ValueError(f"{self.name} must be {self._wanted()}; got {value}")
-        return int(number) if whole else float(number)
-
-    def _wanted(self) -> str:
-        many = "numbers" if self.size is None else f"{self.size} numbers"
-        noun = {
-            "int": "a whole number",
-            "float": "a number",
-            "numbers": many,
-            "choice": f"one of {', '.join(self.choices)}",
-            "flag": "true or false",
-        }[self.kind]
-        if self.low is not None and self.high is not None:
-            return f"{noun} from {self.low:g} to {self.high:g}"
-        if self.low is not None:
-            return f"{noun} of at least {self.low:g}"
-        return noun
+from perennial.envs.atari_games import ATARI_PARAMS, check_atari
+from perennial.envs.params import Param, nearest
 
 
 @dataclass(frozen=True)
@@ -172,6 +87,14 @@ ENVS: dict[str, EnvEntry] = {
         SLIPPERY_ANT_PARAMS,
         _check_slippery_ant,
     ),
+    "perennial/AtariSwitch-v0": EnvEntry(
+        "perennial/AtariSwitch-v0",
+        "Atari games in turn, all 18 actions, sticky",
+        ("ale_py", "cv2"),
+        "atari",
+        ATARI_PARAMS,
+        check_atari,
+    ),
 }
 
 # Modules that Gymnasium's own environments need, by the package that holds them.
@@ -205,7 +128,7 @@ def check_env(env_id: str) -> None:
         name = env_id
     if name not in gymnasium.registry:
         known = [*ENVS, *gymnasium.registry]
-        raise ValueError(f"no environment {env_id}: {_nearest(name, known, listed=False)}")
+        raise ValueError(f"no environment {env_id}: {nearest(name, known, listed=False)}")
     entry_point = gymnasium.registry[name].entry_point
     for package, (needed, extra) in _GYMNASIUM_NEEDS.items():
         inside = isinstance(entry_point, str) and entry_point.startswith(package)
@@ -235,7 +158,7 @@ def check_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if name == "schedule_seed":
             raise ValueError("schedule_seed is the seed's own number: choose it with --seeds")
         if name not in params:
-            raise ValueError(f"{env_id} takes no {name}: {_nearest(name, params)}")
+            raise ValueError(f"{env_id} takes no {name}: {nearest(name, params)}")
         parsed[name] = params[name].parse(value)
     entry.check({**entry.defaults, **parsed})
     return parsed
@@ -261,7 +184,7 @@ def _foreign_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
     known = [*signature.parameters, "max_episode_steps"]
     for name in args:
         if name not in known and not takes_any:
-            raise ValueError(f"{env_id} takes no {name}: {_nearest(name, known)}")
+            raise ValueError(f"{env_id} takes no {name}: {nearest(name, known)}")
     return {name: _literal(value) for name, value in args.items()}
 
 
@@ -276,23 +199,3 @@ def _literal(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
-
-
-def _to_number(value: Any) -> int | float:
-    """A number as the user means it: 200000, 2e5 or 2_000_000."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            return float(value)
-    return value if isinstance(value, int) else float(value)
-
-
-def _nearest(name: str, known: Iterable[str], listed: bool = True) -> str:
-    """How a misspelt name's error goes on: the nearest known name, or the whole list."""
-    known = list(known)
-    folded = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {folded[close[0]]}?"
-    return f"choose from {', '.join(known)}" if listed else "see `perennial list envs`"
