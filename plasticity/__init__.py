@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from perennial.plasticity.continual_backprop import ContinualBackprop as ContinualBackprop
     from perennial.plasticity.copies import BatchedLinear as BatchedLinear
     from perennial.plasticity.copies import Init as Init
+    from perennial.plasticity.norms import BatchedLayerNorm as BatchedLayerNorm
+    from perennial.plasticity.norms import LayerNormalization as LayerNormalization
     from perennial.plasticity.optimizers import AdamEqualBetas as AdamEqualBetas
+    from perennial.plasticity.paired import ConcatenatedReLU as ConcatenatedReLU
+    from perennial.plasticity.paired import FourierFeatures as FourierFeatures
     from perennial.plasticity.probe import find_units as find_units
+    from perennial.plasticity.projection import NormalizeAndProject as NormalizeAndProject
+    from perennial.plasticity.projection import WeightNorm as WeightNorm
     from perennial.plasticity.redo import ReDo as ReDo
     from perennial.plasticity.registry import make as make
     from perennial.plasticity.registry import parse_spec as parse_spec
     from perennial.plasticity.regrama import ReGraMa as ReGraMa
     from perennial.plasticity.regularize import L2 as L2
+    from perennial.plasticity.simba import SimBa as SimBa
     from perennial.plasticity.snr import SelfNormalizedResets as SelfNormalizedResets
     from perennial.plasticity.units import Site as Site
     from perennial.plasticity.units import Units as Units
@@ -30,18 +37,25 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "AdamEqualBetas": "optimizers",
     "BatchedAdam": "adam",
+    "BatchedLayerNorm": "norms",
     "BatchedLinear": "copies",
+    "ConcatenatedReLU": "paired",
     "ContinualBackprop": "continual_backprop",
+    "FourierFeatures": "paired",
     "Handle": "base",
     "Init": "copies",
     "Intervention": "base",
     "L2": "regularize",
+    "LayerNormalization": "norms",
+    "NormalizeAndProject": "projection",
     "ReDo": "redo",
     "ReGraMa": "regrama",
     "SelfNormalizedResets": "snr",
+    "SimBa": "simba",
     "Site": "units",
     "Stage": "base",
     "Units": "units",
+    "WeightNorm": "projection",
     "attach": "base",
     "find_units": "probe",
     "make": "registry",
