@@ -245,15 +245,18 @@ class Handle:
 
         active: copies that the step moves, as for `BatchedAdam.step`; the others stay as they are.
         """
+        if not self._before and not self.moments.awake:
+            return
         self.clock.choose(active)
-        if self._before or self.moments.needed:
-            with torch.no_grad():
-                for intervention in self._before:
-                    intervention.before_step()
-                self.moments.before_step()
+        with torch.no_grad():
+            for intervention in self._before:
+                intervention.before_step()
+            self.moments.before_step()
 
     def after_step(self, active: Active = None) -> None:
         """After `optimizer.step`, with the same `active`."""
+        if not self.interventions:
+            return
         self.clock.choose(active)
         with torch.no_grad():
             self.clock.tick()

@@ -87,7 +87,16 @@ class Moments:
         self.vectors = list(self.factors)
         self._inner = self.factors[..., :-1]
         self._scratch = _Scratch()
+        shape = (len(self.betas), len(self.parts), copies, total + 1)
+        self._keep = torch.ones(shape, dtype=units.dtype, device=device)
+        self._take = torch.zeros(shape, dtype=units.dtype, device=device)
+        for number, part in enumerate(self.parts):
+            part.number = number
+            if self.adam:
+                beta1, beta2 = self._group(part.parameter)["betas"]
+                part.places = self._place(beta1), self._place(beta2)
         self.host_event = [-1] * copies
+        self._ever = False  # a unit was recycled
         self._stale = False  # the host's copies miss what was compiled or captured
         self.offset.add_(self._known_steps())
         self.host_offset = self.offset.tolist()
@@ -111,6 +120,8 @@ class Moments:
         """Host copies after loading."""
         self.host_offset, self.host_event = self.offset.tolist(), self.event.tolist()
         self._stale = False
+        self._ever = any(event >= 0 for event in self.host_event)
+        self._ever = any(event >= 0 for event in self.host_event)
 
     def restart(
         self,
@@ -164,6 +175,7 @@ class Moments:
                 lead = value if reader.batched else value.unsqueeze(0)
                 silence_columns(lead, consumer.columns, kept)
         if treatment == "exact" and self.betas:
+            self._ever = True
             powers = self.powers[:, :, self.units.spans[selection.position]]
             powers.copy_(torch.where(powers > self.tolerance, powers, 0.0))
             powers.mul_(kept).add_(selection.gone)
@@ -182,15 +194,15 @@ class Moments:
         return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
 
     @property
-    def needed(self) -> bool:
-        """Whether steps have to be counted for units that may be recycled."""
-        return bool(self.betas and self.parts)
+    def awake(self) -> bool:
+        """Whether a unit may be young, as far as the host knows."""
+        return self._ever or self.clock.known is None
 
     # ---- before every step ---------------------------------------------------------------------
 
     def before_step(self) -> None:
         """Adjust the averages of young units; gradients must be final."""
-        if not self.needed:
+        if not (self.betas and self.parts):
             return
         known = self.clock.known
         if known is None:
@@ -243,37 +255,37 @@ class Moments:
         torch.mul(factors, self.gains, out=self._inner)
         for part, grad, state in self._present():
             weight, last = None, -1
-            for which, key in ((0, "exp_avg"), (1, "exp_avg_sq")):
-                place = self._place(part, which)
+            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
                 if place < 0:
                     continue
                 if place != last:
-                    row, column = part.kept_sides(place, self.vectors[place])
-                    weight, last = self._extreme(torch.maximum, row, column, grad), place
+                    sides = part.kept_sides("late", place, self.vectors[place])
+                    weight, last = self._extreme(torch.maximum, *sides, grad), place
                 assert weight is not None
-                value = grad if which == 0 else self._squared(grad)
-                state[key].lerp_(value, weight)
+                state[key].lerp_(grad if key == "exp_avg" else self._squared(grad), weight)
 
     def _adjust(self) -> None:
         """Any T: `average <- A average + B g`."""
-        present = self._present()
-        if not present:
-            return
-        steps = torch.stack([torch.as_tensor(state["step"]) for _, _, state in present])
-        keep, take = self._coefficients(steps.to(self.powers) + 1)
-        for number, (part, grad, state) in enumerate(present):
-            for which, key in ((0, "exp_avg"), (1, "exp_avg_sq")):
-                place = self._place(part, which)
+        self._coefficients()
+        for part, grad, state in self._present():
+            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
                 if place < 0:
                     continue
-                value = grad if which == 0 else self._squared(grad)
-                sides = part.sides(keep[place, number])
-                state[key].mul_(self._extreme(torch.minimum, *sides, grad))
-                sides = part.sides(take[place, number])
-                state[key].addcmul_(value, self._extreme(torch.maximum, *sides, grad))
+                keep = part.kept_sides("keep", place, self._keep[place, part.number])
+                state[key].mul_(self._extreme(torch.minimum, *keep, grad))
+                take = part.kept_sides("take", place, self._take[place, part.number])
+                weight = self._extreme(torch.maximum, *take, grad)
+                state[key].addcmul_(grad if key == "exp_avg" else self._squared(grad), weight)
 
-    def _coefficients(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B `[betas, parts, S, total + 1]` at T = `steps` (`[parts]` or `[parts, S]`)."""
+    def _coefficients(self) -> None:
+        """A and B at each part's own T, into `_keep` and `_take` `[betas, parts, S, total + 1]`."""
+        states = [self.optimizer.state.get(part.parameter, {}) for part in self.parts]
+        known = [torch.as_tensor(state["step"]) for state in states if "step" in state]
+        if not known:
+            return
+        blank = torch.zeros_like(known[0])
+        steps = torch.stack([torch.as_tensor(state.get("step", blank)) for state in states])
+        steps = steps.to(self.powers) + 1
         b, q = self.decays.unsqueeze(-1), self.powers.unsqueeze(1)
         tensor = b ** steps.view(1, len(steps), -1, 1)  # [betas, parts, S or 1, 1]
         # A tensor that was reset alone may be younger than its unit: then T counts.
@@ -282,15 +294,10 @@ class Moments:
             young = young & self.clock.mask.view(1, 1, -1, 1)
         keep = (1 - tensor) / (1 - tensor / b) * ((1 - q / b) / (1 - q))
         take = (q - tensor) * ((1 - b) / b / (1 - q))
-        pad = torch.nn.functional.pad
-        return (
-            pad(torch.where(young, keep, 1.0).to(self.factors.dtype), (0, 1), value=1.0),
-            pad(torch.where(young, take, 0.0).to(self.factors.dtype), (0, 1)),
-        )
+        self._keep[..., :-1].copy_(torch.where(young, keep, 1.0))
+        self._take[..., :-1].copy_(torch.where(young, take, 0.0))
 
-    def _place(self, part: Part, which: int) -> int:
-        """Where the beta of a part's average stands in `betas`; -1 for one without memory."""
-        beta = self._group(part.parameter)["betas"][which]
+    def _place(self, beta: float) -> int:
         return self.betas.index(beta) if beta else -1
 
     def _extreme(

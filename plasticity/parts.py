@@ -27,7 +27,9 @@ class Part:
     batched: bool
     rows: slice | None
     columns: slice | Tensor | None
-    fixed: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    number: int = 0  # among all parts
+    places: tuple[int, int] = (-1, -1)  # of its two betas among all betas; -1 for a beta of 0
+    fixed: dict[tuple[str, int], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
     def sides(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The rows' and the columns' share of a vector over all units, as they broadcast."""
@@ -43,11 +45,14 @@ class Part:
             row, column = (side if side is None else side[0] for side in (row, column))
         return row, column
 
-    def kept_sides(self, place: int, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The same of a vector that keeps its memory: views are made once."""
-        if place not in self.fixed or isinstance(self.columns, Tensor):
-            self.fixed[place] = self.sides(vector)
-        return self.fixed[place]
+    def kept_sides(
+        self, name: str, place: int, vector: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The same of a vector that keeps its memory, under a name of its own: made once."""
+        known = self.fixed.get((name, place))
+        if known is None or isinstance(self.columns, Tensor):
+            known = self.fixed[name, place] = self.sides(vector)
+        return known
 
 
 def parts_of(units: Units) -> list[Part]:
