@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from perennial.plasticity.nonlinearity import recognise
 from perennial.plasticity.units import (
     CONVOLUTIONS,
     WEIGHTED,
@@ -95,6 +96,10 @@ def find_units(
         obstacle = _own_obstacle(probe, consumers, modules)
         sites.append(Site(layers[name], consumers, probe.norms, probe.nonnegative, obstacle))
     _mark_shared_columns(sites)
+    with _undisturbed(model):
+        recognise(
+            sites, list(model.modules()), _mixes, lambda rows: forward(_tile(example, axis, rows))
+        )
     return Units(model, sites, list(layers.values()))
 
 
@@ -118,7 +123,7 @@ class _Probe:
                 hooks.callback(hook.remove)
             hooks.callback(self.layer.module.register_forward_hook(self.poison).remove)
             for module in model.modules():
-                if isinstance(module, _NORMS) or getattr(module, "normalizes_units", False):
+                if _mixes(module):
                     hooks.callback(module.register_forward_hook(self.bypass).remove)
                 elif isinstance(module, _NONNEGATIVE) or getattr(module, "nonnegative", False):
                     hooks.callback(module.register_forward_hook(self.rectify).remove)
@@ -235,6 +240,11 @@ def _mark_shared_columns(sites: list[Site]) -> None:
                             f"{two.name!r} writes to the same inputs of {consumer.layer.name!r} "
                             f"(a residual stream or a gate)"
                         )
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Norms keep units in place but mix them: they are passed by."""
+    return isinstance(module, _NORMS) or getattr(module, "normalizes_units", False)
 
 
 def _per_unit(module: nn.Module, n: int) -> bool:

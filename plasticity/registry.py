@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from perennial.plasticity.metric_names import METRICS as METRICS
+
 if TYPE_CHECKING:
     from perennial.plasticity.base import Intervention
 
@@ -508,19 +510,6 @@ METHODS: dict[str, Entry] = {
             },
         ),
     )
-}
-
-METRICS: dict[str, str] = {
-    "dormant_fraction": "share of units with mean |h| at most 0.025 of their layer's average",
-    "dormant_fraction_0": "the same with threshold 0",
-    "dormant_fraction_0.1": "the same with threshold 0.1",
-    "dead_fraction": "share of units that are exactly 0 on every row",
-    "effective_rank": "exp of the entropy of the features' normalised singular values",
-    "stable_rank": "squared Frobenius norm over the squared largest singular value",
-    "approximate_rank": "fewest singular values with 99 % of the sum of squares",
-    "weight_norm": "Frobenius norm of the weight matrix",
-    "weight_magnitude": "mean |weight|, biases left out",
-    "gradient_norm": "L2 norm of the latest gradient of the weight matrix",
 }
 
 

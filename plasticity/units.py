@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.references import References
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTED = (nn.Linear, *CONVOLUTIONS, BatchedLinear)
@@ -131,7 +133,10 @@ class Site:
         norms: normalisation modules with one gain and offset per unit.
         nonnegative: activations come out of an `nn.ReLU` and the like, so |h| = h.
         obstacle: why units here cannot be recycled (a residual stream, say); "" when they can.
+        nonlinearity: "relu", "leaky-relu", "tanh", "sigmoid", "crelu"; "" for any other.
         raw: input of the first consumer in the latest training forward, as it came.
+        preactivation: mean and standard deviation `[S, n]` of what the producer put out in the
+            latest forward inside `units.recording()`.
     """
 
     producer: Layer
@@ -139,7 +144,9 @@ class Site:
     norms: list[nn.Module] = field(default_factory=list)
     nonnegative: bool = False
     obstacle: str = ""
+    nonlinearity: str = ""
     raw: Tensor | None = None
+    preactivation: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         first = self.consumers[0]
@@ -248,11 +255,16 @@ class Units:
     """All sites of a model, and the recorder of their activations.
 
     Iterating gives the sites; `spans` their places in vectors over all sites; `layers` also holds
-    the output layers.
+    the output layers, `references` what metrics measure distances from.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], layers: Sequence[Layer], hooks: bool = True
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        layers: Sequence[Layer],
+        hooks: bool = True,
+        references: References | None = None,
     ) -> None:
         self.model, self.sites, self.layers = model, list(sites), list(layers)
         self.copies = layers[0].weight.shape[0] if layers else 1
@@ -262,6 +274,7 @@ class Units:
         for site in sites:
             self.spans.append(slice(self.total, self.total + site.n))
             self.total += site.n
+        self.references = References(layers, sites) if references is None else references
         self._forced = False
         self._readers: dict[nn.Module, list[Site | Tap]] = {}
         for site in sites:
@@ -300,22 +313,38 @@ class Units:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record also while gradients are off: `with torch.no_grad(), units.recording():
-        net(x)`."""
+        """Record also while gradients are off, and the pre-activations' means and deviations:
+        `with torch.no_grad(), units.recording(): net(x)`."""
         self._forced, before = True, self._forced
+        hooks = [
+            site.producer.module.register_forward_hook(partial(_summarise, site))
+            for site in self.sites
+        ]
         try:
             yield
         finally:
             self._forced = before
+            for hook in hooks:
+                hook.remove()
 
     def only(self, sites: Sequence[Site]) -> Units:
         """Some of the sites, which go on being recorded by the hooks that exist."""
-        return Units(self.model, sites, self.layers, hooks=False)
+        return Units(self.model, sites, self.layers, hooks=False, references=self.references)
 
     def close(self) -> None:
         """Remove the recording hooks."""
         for hook in self._hooks.values():
             hook.remove()
+
+
+@torch.no_grad()
+def _summarise(site: Site, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Note mean and deviation of a producer's output; now, as it may be changed in place."""
+    x = output.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else output
+    x = (x if site.producer.batched else x.unsqueeze(0)).detach()
+    x = x.flatten(1, -2) if x.ndim > 3 else x
+    mean = x.mean(1)
+    site.preactivation = mean, (x - mean.unsqueeze(1)).square_().mean(1).sqrt_()
 
 
 class _Recorder:
