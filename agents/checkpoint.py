@@ -21,45 +21,88 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 _KEEP = 2
-_TENSOR, _ARRAY = "__tensor__", "__array__"
+_TENSOR, _ARRAY, _FILE = "__tensor__", "__array__", "__file__"
+_LARGE = 1 << 22  # bytes from which an array is written on its own, without a copy in memory
 _FORMAT = 1
 
 
-def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Plain values stay, tensors and arrays move to `tensors` and leave a reference."""
-    if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {_TENSOR: path}
-    if isinstance(value, np.ndarray):
-        tensors[path] = torch.from_numpy(np.array(value, order="C"))
-        return {_ARRAY: path}
-    if isinstance(value, dict):
-        assert all(isinstance(k, str) for k in value), f"{path}: keys must be strings"
-        return {k: _split(v, f"{path}/{k}" if path else k, tensors) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+class _Parts:
+    """What a tree is made of on disk: small tensors together, each large array in a file."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def split(self, value: Any, path: str = "") -> Any:
+        """Plain values stay; tensors and arrays move here and leave a reference."""
+        if isinstance(value, torch.Tensor):
+            self.tensors[path] = value.detach().cpu().contiguous().clone()
+            return {_TENSOR: path}
+        if isinstance(value, np.ndarray):
+            if value.nbytes >= _LARGE:
+                self.arrays[name := f"array-{len(self.arrays)}.npy"] = value
+                return {_FILE: name}
+            self.tensors[path] = torch.from_numpy(np.array(value, order="C"))
+            return {_ARRAY: path}
+        if isinstance(value, dict):
+            assert all(isinstance(k, str) for k in value), f"{path}: keys must be strings"
+            return {k: self.split(v, f"{path}/{k}" if path else k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.split(v, f"{path}/{i}") for i, v in enumerate(value)]
+        if isinstance(value, np.generic):
+            return value.item()
+        return value
 
 
-def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _join(value: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
         if set(value) == {_ARRAY}:
             return tensors[value[_ARRAY]].numpy()
-        return {k: _join(v, tensors) for k, v in value.items()}
+        if set(value) == {_FILE}:
+            return np.load(folder / Path(value[_FILE]).name, allow_pickle=False)
+        return {k: _join(v, tensors, folder) for k, v in value.items()}
     if isinstance(value, list):
-        return [_join(v, tensors) for v in value]
+        return [_join(v, tensors, folder) for v in value]
     return value
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+class _Hashed:
+    """A file that hashes what is written to it; large arrays pass through in pieces, uncopied."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def close(self) -> str:
+        """Flush to the disk; the hash of the content."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._hash.hexdigest()
+
+
+def _write(path: Path, content: bytes | np.ndarray) -> str:
+    """Write bytes, or an array in numpy's format; the SHA-256 of the file."""
+    file = _Hashed(path)
+    try:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.lib.format.write_array(file, content, allow_pickle=False)
+    finally:
+        digest = file.close()
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _flush_folder(path: Path) -> None:
@@ -74,25 +117,23 @@ def write_checkpoint(seed_dir: Path, env_steps: int, tree: dict[str, Any]) -> Pa
     """Write `tree`, nested dicts and lists of tensors, arrays and JSON values, as the newest."""
     root = seed_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
-    plain = _split(tree, "", tensors)
-    files = {"tensors.safetensors": save(tensors), "state.json": json.dumps(plain).encode()}
-    manifest = {
-        "format": _FORMAT,
-        "env_steps": env_steps,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    parts = _Parts()
+    plain = parts.split(tree)
+    files: dict[str, bytes | np.ndarray] = {
+        "tensors.safetensors": save(parts.tensors),
+        "state.json": json.dumps(plain).encode(),
+        **parts.arrays,
     }
     unfinished = root / f".{env_steps}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        for name, data in files.items():
-            _write(unfinished / name, data)
+        hashes = {name: _write(unfinished / name, content) for name, content in files.items()}
+        manifest = {"format": _FORMAT, "env_steps": env_steps, "sha256": hashes}
         _write(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
     except OSError:
-        shutil.rmtree(
-            unfinished, ignore_errors=True
-        )  # a full disk: give the space back, keep the old ones
+        # A full disk: give the space back, keep the checkpoints before.
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     _flush_folder(unfinished)
     final = root / str(env_steps)
@@ -122,15 +163,11 @@ def read_checkpoint(seed_dir: Path, env_steps: int) -> dict[str, Any]:
         hashes = manifest["sha256"]
         if manifest["format"] != _FORMAT or manifest["env_steps"] != env_steps:
             raise ValueError(f"{folder}: manifest.json is of another format or step")
-        data = {
-            name: (folder / name).read_bytes() for name in ("tensors.safetensors", "state.json")
-        }
-        for name, content in data.items():
-            if hashlib.sha256(content).hexdigest() != hashes[name]:
-                raise ValueError(
-                    f"{folder / name} is damaged: its SHA-256 differs from manifest.json"
-                )
-        return _join(json.loads(data["state.json"]), load(data["tensors.safetensors"]))
+        for name in {"tensors.safetensors", "state.json", *hashes}:
+            if _sha256(folder / Path(name).name) != hashes[name]:
+                raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+        tensors = load((folder / "tensors.safetensors").read_bytes())
+        return _join(json.loads((folder / "state.json").read_bytes()), tensors, folder)
     except (
         OSError,
         KeyError,

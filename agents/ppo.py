@@ -16,7 +16,6 @@ rounding).
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from perennial.agents.actor_critic import ActorCritic, sizes
+from perennial.agents.aside import Aside
 from perennial.agents.config import PPOConfig
 from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
 from perennial.agents.episodes import Episodes
@@ -96,12 +96,10 @@ class PPO:
         self.clip_scale: Tensor | None = None
         self.record = self.units.record if self.handle.observes else None
         # Two networks on two threads, one core each, beat matrix products split over two cores.
-        self.aside = None
-        if threads > 1 and on_cpu:
-            if written_out:
-                self.aside = ThreadPoolExecutor(1, thread_name_prefix="value")
-            else:
-                torch.set_num_threads(threads)
+        threaded = threads > 1 and on_cpu
+        self.aside = Aside(threaded and written_out)
+        if threaded and not written_out:
+            torch.set_num_threads(threads)
 
         self.action_noise = Streams(seeds, "action")
         self.minibatch_order = Streams(seeds, "minibatch")
@@ -290,17 +288,19 @@ class PPO:
             self.value_passes.backward(gradient * (config.vf_coef / loss.shape[-1]))
             return loss
 
-        aside = self.aside.submit(value_side) if self.aside is not None else None
-        step = self.net.distribution.surrogate(
-            self.policy_passes.forward(batch.observations, self.record),
-            batch.actions,
-            batch.log_prob,
-            batch.advantages,
-            config.clip_range,
-            config.ent_coef,
-        )
-        self.policy_passes.backward(step.d_output)
-        return step, aside.result() if aside is not None else value_side()
+        def policy_side() -> SurrogateGradient:
+            step = self.net.distribution.surrogate(
+                self.policy_passes.forward(batch.observations, self.record),
+                batch.actions,
+                batch.log_prob,
+                batch.advantages,
+                config.clip_range,
+                config.ent_coef,
+            )
+            self.policy_passes.backward(step.d_output)
+            return step
+
+        return self.aside.pair(policy_side, value_side)
 
     def _clip(self) -> None:
         """Scale each seed's gradients to a norm of at most max_grad_norm, over both networks."""

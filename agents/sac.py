@@ -13,12 +13,10 @@ critics, critics, critics on the actor's actions. Each half of a pair goes to it
 
 from __future__ import annotations
 
-import copy as copying
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -26,24 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from perennial.agents.actor_critic import sizes
+from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
+from perennial.agents.critics import TwinCritics, load_weights, weights_of
 from perennial.agents.episodes import Episodes
-from perennial.agents.networks import MLP, Acting, Passes, WrittenOut, passes
+from perennial.agents.networks import MLP, Acting, WrittenOut, passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator
-from perennial.plasticity import attach, find_units, make, metrics, values
+from perennial.plasticity import attach, find_units, make, metrics
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import Init
 
 _PROBE_ROWS = 1024
-_CRITICS = 2
-T = TypeVar("T")
 
 
 class SAC:
-    """Networks, optimizers and replay of S seeds; critic i of seed s is copy 2s + i."""
+    """Networks, optimizers and replay of S seeds."""
 
     def __init__(
         self,
@@ -55,78 +53,53 @@ class SAC:
         threads: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
-        self.config, self.seeds, self.device = config, seeds, torch.device(device)
+        self.config, self.seeds = config, seeds
         n_obs, n_act = sizes(config, observation_space, action_space)
         self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
-        self.codec = values.make(config.value_loss)
-        S, on_cpu = len(seeds), self.device.type == "cpu"
-        init = Init("torch-default", bias="torch-default")
         generators = [torch_generator(s, "init") for s in seeds]
-        twins = [torch_generator(s, f"init critic {i}") for s in seeds for i in range(_CRITICS)]
-        shape, act = config.net_arch, config.activation
-        self.actor = MLP(S, (n_obs, *shape, 2 * n_act), act, init, init, generators)
-        critic_sizes = (n_obs + n_act, *shape, self.codec.outputs)
-        self.critics = MLP(S * _CRITICS, critic_sizes, act, init, init, twins)
+        init, widths = (
+            Init("torch-default", bias="torch-default"),
+            (n_obs, *config.net_arch, 2 * n_act),
+        )
+        self.actor = MLP(len(seeds), widths, config.activation, init, init, generators)
         rewrite(self.actor, config.interventions, generators=generators)
-        rewrite(self.critics, config.interventions, generators=twins)
-        for net in (self.actor, self.critics):
-            net.to(self.device, dtype)
-        self.targets = copying.deepcopy(self.critics).requires_grad_(False)
-        coefficient = config.first_ent_coef
+        self.actor.to(device, dtype)
         self.log_ent_coef = nn.Parameter(
-            torch.full((S, 1), math.log(coefficient), device=self.device, dtype=dtype)
+            torch.full((len(seeds), 1), math.log(config.first_ent_coef)).to(device, dtype)
         )
         self.log_ent_coef.grad = torch.zeros_like(self.log_ent_coef)
         self.target_entropy = -float(n_act)
-        options: dict[str, Any] = {"betas": config.betas, "eps": config.adam_eps}
-        options["lr"] = config.learning_rate
-        self.actor_optimizer = BatchedAdam(self.actor.parameters(), **options)
-        self.critic_optimizer = BatchedAdam(self.critics.parameters(), **options)
-        self.ent_optimizer = BatchedAdam([self.log_ent_coef], lr=config.learning_rate)
-
-        example = torch.zeros(S, 1, n_obs, device=self.device, dtype=dtype)
-        pairs = torch.zeros(S * _CRITICS, 1, n_obs + n_act, device=self.device, dtype=dtype)
-        self.actor_units = find_units(self.actor, example)
-        self.critic_units = find_units(self.critics, pairs)
-        self.actor_handle = attach(
+        self.optimizer = BatchedAdam(
+            self.actor.parameters(), config.learning_rate, config.betas, config.adam_eps
+        )
+        self.ent_optimizer = BatchedAdam([self.log_ent_coef], config.learning_rate)
+        self.units = find_units(self.actor, self.log_ent_coef.new_zeros(len(seeds), 1, n_obs))
+        self.handle = attach(
             [make(spec) for spec in config.interventions],
-            self.actor_units,
-            self.actor_optimizer,
+            self.units,
+            self.optimizer,
             seeds=seeds,
             hooks=False,
         )
-        self.critic_handle = attach(
-            [make(spec) for spec in config.interventions],
-            self.critic_units,
-            self.critic_optimizer,
-            # Streams of their own: beyond any seed of an actor.
-            seeds=[s + ((i + 1) << 33) for s in seeds for i in range(_CRITICS)],
-            hooks=False,
-            targets=[self.targets],
-        )
-        plain = WrittenOut.fits(self.actor) and WrittenOut.fits(self.critics)
-        self.aside: ThreadPoolExecutor | None = None
-        if threads > 1 and on_cpu:
-            if plain:
-                self.aside = ThreadPoolExecutor(1, thread_name_prefix="second half")
-            else:
-                torch.set_num_threads(threads)
+        on_cpu = torch.device(device).type == "cpu"
+        plain = WrittenOut.fits(self.actor)
+        threaded = threads > 1 and on_cpu
+        like = self.log_ent_coef.detach()
+        self.critics = TwinCritics(config, (n_obs, n_act), seeds, like, threaded)
+        self.aside = Aside(threaded and plain)
+        if threaded and not plain:
+            torch.set_num_threads(threads)
         self.acting = Acting(self.actor) if plain and on_cpu else None
         self.actor_passes, self.next_passes = passes(self.actor), passes(self.actor)
-        half = S  # copies of critics that one thread takes
-        cuts = (slice(0, half), slice(half, 2 * half)) if self.aside else (slice(None),)
-        self.critic_passes = _split(self.critics, cuts)
-        self.target_passes = _split(self.targets, cuts)
-        self.cuts = cuts
 
         self.squash = SquashedGaussian(n_act)
         self.action_stream = Streams(seeds, "action")
         self.replay_stream = Streams(seeds, "replay")
         self.update_stream = Streams(seeds, "update")
-        kind = self.log_ent_coef.detach().cpu().numpy().dtype
-        self.latest = np.zeros((S, config.num_envs, n_obs), kind)
+        kind = np.dtype(str(dtype).removeprefix("torch."))
+        self.latest = np.zeros((len(seeds), config.num_envs, n_obs), kind)
         self.replay = Replay(
-            S,
+            len(seeds),
             config.num_envs,
             config.buffer_size,
             self.latest[0, 0],
@@ -216,12 +189,16 @@ class SAC:
         if self.acting is not None:
             return self.acting.forward(observations)
         with torch.no_grad():
-            return self.actor(torch.from_numpy(observations).to(self.device)).cpu().numpy()
+            return (
+                self.actor(torch.from_numpy(observations).to(self.log_ent_coef.device))
+                .cpu()
+                .numpy()
+            )
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions [..., A] without noise for observations [..., D], of the first copy."""
         rows = np.asarray(observation, self.latest.dtype)
-        flat = torch.from_numpy(rows.reshape(-1, rows.shape[-1])).to(self.device)
+        flat = torch.from_numpy(rows.reshape(-1, rows.shape[-1])).to(self.log_ent_coef.device)
         with torch.no_grad():
             output = self.actor(flat[None].expand(len(self.seeds), -1, -1).contiguous())[0]
         squashed = np.tanh(output[:, : self.squash.size].cpu().numpy())
@@ -248,8 +225,9 @@ class SAC:
         config, like = self.config, self.log_ent_coef
         obs, actions, rewards, discounts, following = (torch.from_numpy(x).to(like) for x in sample)
         noise = noise.to(like)
-        output, next_output = self._pair(
-            lambda: self.actor_passes.forward(obs, self._recorder(self.actor_handle)),
+        record = self.units.record if self.handle.observes else None
+        output, next_output = self.aside.pair(
+            lambda: self.actor_passes.forward(obs, record),
             lambda: self.next_passes.forward(following),
         )
         policy = self.squash.sample(output, noise[:, 0])
@@ -257,35 +235,27 @@ class SAC:
         ent_coef = self.log_ent_coef.detach().exp()  # [S, 1]
         ent_loss = self._learn_temperature(policy.log_prob)
 
-        future = self._critics(self.target_passes, following, ahead.actions)  # [S, 2, B, m]
-        smallest = self.codec.smallest(future, dim=1)
+        critics = self.critics
+        smallest = critics.codec.smallest(critics.future(following, ahead.actions), dim=1)
         soft = rewards - discounts * ent_coef * ahead.log_prob
-        goal = self.codec.backup(smallest, soft, discounts)[:, None]  # [S, 1, B, k]
-        current = self._critics(self.critic_passes, obs, actions, record=True)
-        loss, gradient = self.codec.loss(current, goal)
-        self._critics_backward(gradient * (0.5 / config.batch_size))
-        self.critic_handle.before_step()
-        self.critic_optimizer.move()
-        self.critic_handle.after_step()
+        critic_loss = critics.learn(obs, actions, critics.codec.backup(smallest, soft, discounts))
 
-        outputs = self._critics(self.critic_passes, obs, policy.actions, wants_input=True)
-        q, d_outputs = self._decoded(outputs)  # [S, 2, B], [S, 2, B, m]
+        q, d_outputs = critics.decode(critics.evaluate(obs, policy.actions))  # [S, 2, B], ... m]
         low = q.amin(1, keepdim=True)
         share = (q == low).to(q.dtype)
         share = share / share.sum(1, keepdim=True)
-        d_actions = self._critics_input(d_outputs * share[..., None], obs.shape[-1])
+        d_actions = critics.action_gradient(d_outputs * share[..., None], self.squash.size)
         d_output = self.squash.gradient(policy, d_actions, ent_coef[..., None])
         self.actor_passes.backward(d_output / config.batch_size)
-        self.actor_handle.before_step()
-        self.actor_optimizer.move()
-        self.actor_handle.after_step()
+        self.handle.before_step()
+        self.optimizer.move()
+        self.handle.after_step()
         self.updates += 1
         if self.updates % config.target_update_interval == 0:
-            online = [p.detach() for p in self.critics.parameters()]
-            torch._foreach_lerp_(list(self.targets.parameters()), online, config.tau)
+            critics.follow(config.tau)
         return {
             "actor_loss": (ent_coef * policy.log_prob - low[:, 0]).mean(-1),
-            "critic_loss": 0.5 * loss.mean(-1).sum(1),
+            "critic_loss": critic_loss,
             "ent_coef": ent_coef[:, 0],
             "ent_coef_loss": ent_loss,
         }
@@ -301,73 +271,6 @@ class SAC:
         self.ent_optimizer.move()
         return loss
 
-    def _recorder(self, handle: Any) -> Any:
-        return handle.units.record if handle.observes else None
-
-    def _pair(self, here: Callable[[], T], there: Callable[[], T]) -> tuple[T, T]:
-        """Both results; the second is computed beside the first where there is a core."""
-        if self.aside is None:
-            return here(), there()
-        other = self.aside.submit(there)
-        return here(), other.result()
-
-    def _each(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        return [jobs[0]()] if len(jobs) == 1 else list(self._pair(jobs[0], jobs[1]))
-
-    def _critics(
-        self,
-        critics: Sequence[Passes],
-        obs: Tensor,
-        actions: Tensor,
-        record: bool = False,
-        wants_input: bool = False,
-    ) -> Tensor:
-        """Outputs [S, 2, B, m] of both critics on observations [S, B, D] and actions [S, B, A]."""
-        pairs = torch.cat([obs, actions], -1).repeat_interleave(_CRITICS, 0)
-        observes = record and self.critic_handle.observes
-        direct = self._recorder(self.critic_handle) if observes and len(critics) == 1 else None
-        outputs = self._each(
-            [
-                lambda p=p, cut=cut: p.forward(pairs[cut], direct, wants_input)  # type: ignore[misc]
-                for p, cut in zip(critics, self.cuts, strict=True)
-            ]
-        )
-        if observes and direct is None:
-            halves = [p for p in critics if isinstance(p, WrittenOut)]
-            for k, layer in enumerate(halves[0].layers):
-                rows = [_led(p.hidden[k]) for p in halves]
-                self.critic_handle.units.record(layer, torch.cat(rows))
-        return torch.cat(outputs).unflatten(0, (-1, _CRITICS))
-
-    def _critics_backward(self, gradient: Tensor) -> None:
-        flat = gradient.flatten(0, 1)
-        self._each(
-            [
-                lambda p=p, cut=cut: p.backward(flat[cut])  # type: ignore[misc]
-                for p, cut in zip(self.critic_passes, self.cuts, strict=True)
-            ]
-        )
-
-    def _critics_input(self, gradient: Tensor, n_obs: int) -> Tensor:
-        """Gradient [S, B, A] by the actions, summed over both critics."""
-        flat = gradient.flatten(0, 1)
-        parts = self._each(
-            [
-                lambda p=p, cut=cut: p.input_gradient(flat[cut])  # type: ignore[misc]
-                for p, cut in zip(self.critic_passes, self.cuts, strict=True)
-            ]
-        )
-        return torch.cat(parts).unflatten(0, (-1, _CRITICS)).sum(1)[..., n_obs:]
-
-    def _decoded(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [S, 2, B] of outputs [..., m] and their gradient by the outputs."""
-        if self.codec.outputs == 1:
-            return self.codec.decode(outputs), torch.ones_like(outputs)
-        leaf = outputs.clone().requires_grad_()
-        with torch.enable_grad():
-            decoded = self.codec.decode(leaf)
-        return decoded.detach(), torch.autograd.grad(decoded.sum(), leaf)[0]
-
     # ---- seeing and state ----------------------------------------------------------------------
 
     def measure(self) -> dict[str, Any]:
@@ -378,44 +281,26 @@ class SAC:
         obs, actions = (
             torch.from_numpy(x).to(self.log_ent_coef) for x in (probe.observations, probe.actions)
         )
-        pairs = torch.cat([obs, actions], -1).repeat_interleave(_CRITICS, 0)
-        with torch.no_grad(), self.actor_units.recording(), self.critic_units.recording():
+        with torch.no_grad(), self.units.recording():
             self.actor(obs)
-            self.critics(pairs)
-        measured: dict[str, Any] = {}
-        for key, value in metrics.measure(self.actor_units).items():
-            measured[_named("actor", key)] = value
-        twins: dict[str, Any] = dict(metrics.measure(self.critic_units))
-        for key, value in twins.items():
-            for i in range(_CRITICS):
-                measured[_named(f"critic{i + 1}", key)] = value.unflatten(0, (-1, _CRITICS))[:, i]
-        return measured
+        own: dict[str, Any] = dict(metrics.measure(self.units))
+        measured = {f"actor/{key}": value for key, value in own.items()}
+        return measured | self.critics.measure(obs, actions)
 
     def counts(self) -> dict[str, Tensor]:
         """Units recycled so far [S] by each method, over all three networks."""
-        critics = self.critic_handle.counts()
-        return {
-            name: count + critics[name].unflatten(0, (-1, _CRITICS)).sum(1)
-            for name, count in self.actor_handle.counts().items()
-        }
+        twins = self.critics.counts()
+        return {name: count + twins[name] for name, count in self.handle.counts().items()}
 
     def state(self, copy: int) -> dict[str, Any]:
         """All that one seed's future depends on."""
-        twins = [copy * _CRITICS + i for i in range(_CRITICS)]
         return {
-            "actor": _weights(self.actor, copy),
-            "critics": [_weights(self.critics, c) for c in twins],
-            "targets": [_weights(self.targets, c) for c in twins],
+            "actor": weights_of(self.actor, copy),
+            "optimizer": self.optimizer.state_of(copy),
+            "interventions": self.handle.state_of(copy),
+            "critics": self.critics.state(copy),
             "log_ent_coef": self.log_ent_coef.detach()[copy].cpu(),
-            "optimizers": {
-                "actor": self.actor_optimizer.state_of(copy),
-                "critics": [self.critic_optimizer.state_of(c) for c in twins],
-                "temperature": self.ent_optimizer.state_of(copy),
-            },
-            "interventions": {
-                "actor": self.actor_handle.state_of(copy),
-                "critics": [self.critic_handle.state_of(c) for c in twins],
-            },
+            "ent_optimizer": self.ent_optimizer.state_of(copy),
             "streams": {name: s.state(copy) for name, s in self._streams().items()},
             "replay": self.replay.state(copy),
             "latest": torch.from_numpy(self.latest[copy].copy()),
@@ -427,17 +312,12 @@ class SAC:
     @torch.no_grad()
     def load_state(self, copy: int, state: dict[str, Any]) -> None:
         """Continue one seed from `state`."""
-        _load_weights(self.actor, copy, state["actor"])
-        self.actor_optimizer.load_state_of(copy, state["optimizers"]["actor"])
-        self.actor_handle.load_state_of(copy, state["interventions"]["actor"])
-        for i in range(_CRITICS):
-            twin = copy * _CRITICS + i
-            _load_weights(self.critics, twin, state["critics"][i])
-            _load_weights(self.targets, twin, state["targets"][i])
-            self.critic_optimizer.load_state_of(twin, state["optimizers"]["critics"][i])
-            self.critic_handle.load_state_of(twin, state["interventions"]["critics"][i])
+        load_weights(self.actor, copy, state["actor"])
+        self.optimizer.load_state_of(copy, state["optimizer"])
+        self.handle.load_state_of(copy, state["interventions"])
+        self.critics.load_state(copy, state["critics"])
         self.log_ent_coef[copy].copy_(state["log_ent_coef"])
-        self.ent_optimizer.load_state_of(copy, state["optimizers"]["temperature"])
+        self.ent_optimizer.load_state_of(copy, state["ent_optimizer"])
         for name, stream in self._streams().items():
             stream.load_state(copy, state["streams"][name])
         self.replay.load_state(copy, state["replay"])
@@ -452,29 +332,3 @@ class SAC:
             "replay": self.replay_stream,
             "update": self.update_stream,
         }
-
-
-def _split(net: MLP, cuts: Sequence[slice]) -> list[Passes]:
-    if len(cuts) == 1:
-        return [passes(net)]
-    return [WrittenOut(net, cut) for cut in cuts]
-
-
-def _led(x: Tensor) -> Tensor:
-    """With the copies axis, which passes of one copy leave out."""
-    return x if x.ndim == 3 else x[None]
-
-
-def _named(net: str, key: str) -> str:
-    """`layer/metric` or `metric` of one network under its name."""
-    return f"{net}/{key}"
-
-
-def _weights(net: nn.Module, copy: int) -> dict[str, Tensor]:
-    return {name: value[copy].detach().cpu() for name, value in net.state_dict().items()}
-
-
-def _load_weights(net: nn.Module, copy: int, weights: dict[str, Tensor]) -> None:
-    own = net.state_dict()
-    for name, value in weights.items():
-        own[name][copy].copy_(value)

@@ -19,6 +19,7 @@ from perennial.agents.checkpoint import (
 TREE = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor([3], dtype=torch.int64)},
     "array": np.linspace(0, 1, 5),
+    "large": np.arange(1_200_000, dtype=np.float32).reshape(2, -1)[:, :550_000],
     "scalar": np.float64(0.1) + 0.2,
     "rng": {"state": 2**127 + 5, "name": "PCG64"},
     "lists": [1, 2.5, None, True, "x", [np.zeros(0)]],
@@ -59,7 +60,7 @@ def test_damage_falls_back(tmp_path):
     rng = random.Random(0)
     write_checkpoint(tmp_path, 10, {"s": 1})
     folder = write_checkpoint(tmp_path, 20, TREE)
-    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+    for name in ("tensors.safetensors", "state.json", "array-0.npy", "manifest.json"):
         whole = (folder / name).read_bytes()
         for trial in range(30):
             data = bytearray(whole)
@@ -78,7 +79,19 @@ def test_damage_falls_back(tmp_path):
     assert newest_checkpoint([tmp_path])[0] == 10
 
 
-@pytest.mark.parametrize("call", range(8))
+def test_large_arrays_are_not_copied_in_memory(tmp_path):
+    """A replay of 200 MB is saved within a few MB."""
+    import resource
+
+    array = np.ones((50_000_000,), np.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_checkpoint(tmp_path, 10, {"replay": array})
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 80_000  # kB
+    assert np.array_equal(read_checkpoint(tmp_path, 10)["replay"], array)
+
+
+@pytest.mark.parametrize("call", range(9))
 def test_failure_inside_the_write_keeps_the_old_one(tmp_path, monkeypatch, call):
     """A disk that fills up at any moment: one OSError, the checkpoint before stays good."""
     write_checkpoint(tmp_path, 10, {"s": 1})

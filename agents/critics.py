@@ -1,0 +1,194 @@
+"""Twin critics of S seeds as one batched network of 2S copies, with their targets."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perennial.agents.aside import Aside
+from perennial.agents.config import SACConfig
+from perennial.agents.networks import MLP, Passes, WrittenOut, passes
+from perennial.agents.streams import torch_generator
+from perennial.plasticity import attach, find_units, make, metrics, values
+from perennial.plasticity.adam import BatchedAdam
+from perennial.plasticity.architecture import rewrite
+from perennial.plasticity.copies import Init
+
+TWINS = 2
+
+
+class TwinCritics:
+    """Critic i of seed s is copy 2s + i; with two threads each core serves half of the copies."""
+
+    def __init__(
+        self,
+        config: SACConfig,
+        sizes: tuple[int, int],
+        seeds: tuple[int, ...],
+        like: Tensor,
+        threaded: bool,
+    ):
+        self.codec = values.make(config.value_loss)
+        copies, (n_obs, n_act) = len(seeds) * TWINS, sizes
+        init = Init("torch-default", bias="torch-default")
+        generators = [torch_generator(s, f"init critic {i}") for s in seeds for i in range(TWINS)]
+        widths = (n_obs + n_act, *config.net_arch, self.codec.outputs)
+        self.net = MLP(copies, widths, config.activation, init, init, generators)
+        rewrite(self.net, config.interventions, generators=generators)
+        self.net.to(like)
+        self.targets = copying.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = BatchedAdam(
+            self.net.parameters(), config.learning_rate, config.betas, config.adam_eps
+        )
+        self.units = find_units(self.net, like.new_zeros(copies, 1, n_obs + n_act))
+        self.handle = attach(
+            [make(spec) for spec in config.interventions],
+            self.units,
+            self.optimizer,
+            # Streams of their own: beyond any seed of an actor.
+            seeds=[s + ((i + 1) << 33) for s in seeds for i in range(TWINS)],
+            hooks=False,
+            targets=[self.targets],
+        )
+        self.aside = Aside(threaded and WrittenOut.fits(self.net))
+        middle = copies // 2
+        self.cuts = (
+            [slice(0, middle), slice(middle, copies)] if self.aside.threaded else [slice(None)]
+        )
+        self.online, self.delayed = self._passes(self.net), self._passes(self.targets)
+
+    def _passes(self, net: MLP) -> list[Passes]:
+        if len(self.cuts) == 1:
+            return [passes(net)]
+        return [WrittenOut(net, cut) for cut in self.cuts]
+
+    def future(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Target outputs [S, 2, B, m] on observations [S, B, D] and actions [S, B, A]."""
+        return self._forward(self.delayed, _pairs(obs, actions))
+
+    def evaluate(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Outputs [S, 2, B, m], of which `action_gradient` will be asked for."""
+        return self._forward(self.online, _pairs(obs, actions), wants_input=True)
+
+    def learn(self, obs: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
+        """One step towards targets [S, B, k]; losses [S], half the sum over the twins."""
+        outputs = self._forward(self.online, _pairs(obs, actions), record=self.handle.observes)
+        loss, gradient = self.codec.loss(outputs, goal[:, None])
+        flat = (gradient * (0.5 / loss.shape[-1])).flatten(0, 1)
+        self.aside.each(
+            [
+                lambda p=p, cut=cut: p.backward(flat[cut])  # type: ignore[misc]
+                for p, cut in zip(self.online, self.cuts, strict=True)
+            ]
+        )
+        self.handle.before_step()
+        self.optimizer.move()
+        self.handle.after_step()
+        return 0.5 * loss.mean(-1).sum(1)
+
+    def action_gradient(self, gradient: Tensor, n_act: int) -> Tensor:
+        """Gradient [S, B, A] by the actions of sum(outputs * gradient [S, 2, B, m])."""
+        flat = gradient.flatten(0, 1)
+        parts = self.aside.each(
+            [
+                lambda p=p, cut=cut: p.input_gradient(flat[cut])  # type: ignore[misc]
+                for p, cut in zip(self.online, self.cuts, strict=True)
+            ]
+        )
+        return torch.cat(parts).unflatten(0, (-1, TWINS)).sum(1)[..., -n_act:]
+
+    def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [S, 2, B] of outputs [S, 2, B, m] and their gradient by the outputs."""
+        if self.codec.outputs == 1:
+            return self.codec.decode(outputs), torch.ones_like(outputs)
+        leaf = outputs.clone().requires_grad_()
+        with torch.enable_grad():
+            decoded = self.codec.decode(leaf)
+        return decoded.detach(), torch.autograd.grad(decoded.sum(), leaf)[0]
+
+    def follow(self, tau: float) -> None:
+        """Move the targets by `tau` of the way."""
+        online = [p.detach() for p in self.net.parameters()]
+        torch._foreach_lerp_(list(self.targets.parameters()), online, tau)
+
+    def _forward(
+        self,
+        critics: Sequence[Passes],
+        pairs: Tensor,
+        record: bool = False,
+        wants_input: bool = False,
+    ) -> Tensor:
+        direct = self.units.record if record and len(critics) == 1 else None
+        outputs = self.aside.each(
+            [
+                lambda p=p, cut=cut: p.forward(pairs[cut], direct, wants_input)  # type: ignore[misc]
+                for p, cut in zip(critics, self.cuts, strict=True)
+            ]
+        )
+        if record and direct is None:
+            halves = [p for p in critics if isinstance(p, WrittenOut)]
+            for k, layer in enumerate(halves[0].layers):
+                inputs = [p.hidden[k] for p in halves]
+                led = [x if x.ndim == 3 else x[None] for x in inputs]
+                self.units.record(layer, torch.cat(led))
+        return torch.cat(outputs).unflatten(0, (-1, TWINS))
+
+    def measure(self, obs: Tensor, actions: Tensor) -> dict[str, Any]:
+        """Correlates [S] of each critic under `critic1/...`, `critic2/...`."""
+        with torch.no_grad(), self.units.recording():
+            self.net(_pairs(obs, actions))
+        found: dict[str, Any] = {}
+        both: dict[str, Any] = dict(metrics.measure(self.units))
+        for key, value in both.items():
+            for i in range(TWINS):
+                found[f"critic{i + 1}/{key}"] = value.unflatten(0, (-1, TWINS))[:, i]
+        return found
+
+    def counts(self) -> dict[str, Tensor]:
+        """Units recycled so far [S] by each method, both critics together."""
+        return {
+            name: count.unflatten(0, (-1, TWINS)).sum(1)
+            for name, count in self.handle.counts().items()
+        }
+
+    def state(self, seed: int) -> list[dict[str, Any]]:
+        """Weights, targets, Adam and interventions of one seed's critics."""
+        return [
+            {
+                "weights": weights_of(self.net, copy),
+                "targets": weights_of(self.targets, copy),
+                "optimizer": self.optimizer.state_of(copy),
+                "interventions": self.handle.state_of(copy),
+            }
+            for copy in range(seed * TWINS, (seed + 1) * TWINS)
+        ]
+
+    def load_state(self, seed: int, states: list[dict[str, Any]]) -> None:
+        """Continue one seed's critics from `state`."""
+        for copy, state in enumerate(states, seed * TWINS):
+            load_weights(self.net, copy, state["weights"])
+            load_weights(self.targets, copy, state["targets"])
+            self.optimizer.load_state_of(copy, state["optimizer"])
+            self.handle.load_state_of(copy, state["interventions"])
+
+
+def _pairs(obs: Tensor, actions: Tensor) -> Tensor:
+    """Inputs [2S, B, D + A]: each seed's twice."""
+    return torch.cat([obs, actions], -1).repeat_interleave(TWINS, 0)
+
+
+def weights_of(net: nn.Module, copy: int) -> dict[str, Tensor]:
+    """One copy's weights and buffers, on the CPU."""
+    return {name: value[copy].detach().cpu() for name, value in net.state_dict().items()}
+
+
+@torch.no_grad()
+def load_weights(net: nn.Module, copy: int, weights: dict[str, Tensor]) -> None:
+    """Write what `weights_of` returned."""
+    own = net.state_dict()
+    for name, value in weights.items():
+        own[name][copy].copy_(value)

@@ -1,0 +1,194 @@
+"""SAC: one update is Stable-Baselines3's, gradients are autograd's, resume is exact."""
+
+import numpy as np
+import pytest
+import stable_baselines3
+import stable_baselines3.common.policies
+import torch
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from perennial.agents.config import build_config
+from perennial.agents.replay import Sample
+from perennial.agents.sac import SAC
+from perennial.agents.squashed import SquashedGaussian
+
+BATCH, STEPS = 32, 6
+OPTIONS = {"plain": {}, "fixed temperature": {"ent_coef": "0.25", "tau": 0.5, "activation": "tanh"}}
+
+
+def pair(options: dict, dtype: torch.dtype):
+    """SB3's SAC and ours with the same weights."""
+    config = build_config(
+        "sac",
+        given={"env": "Pendulum-v1", "batch_size": BATCH, "net_arch": (32, 32), "steps": 10_000,
+               "buffer_size": 1000, **options},
+    )  # fmt: skip
+    ent_coef = config.ent_coef if config.learns_ent_coef else config.first_ent_coef
+    activation = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[config.activation]
+    theirs = stable_baselines3.SAC(
+        "MlpPolicy", "Pendulum-v1", batch_size=BATCH, ent_coef=ent_coef, tau=config.tau, seed=0,
+        policy_kwargs={"net_arch": [32, 32], "activation_fn": activation}, device="cpu",
+        buffer_size=1000,
+    )  # fmt: skip
+    theirs.set_logger(configure(None, []))
+    theirs.policy.to(dtype)
+    if config.learns_ent_coef:
+        theirs.log_ent_coef.data = theirs.log_ent_coef.data.to(dtype)
+    else:
+        theirs.ent_coef_tensor = theirs.ent_coef_tensor.to(dtype)
+    ours = SAC(config, theirs.observation_space, theirs.action_space, seeds=(0,), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in ours.actor.named_parameters():
+            parameter[0].copy_(sb3_actor(theirs, name))
+        for net, other in (
+            (ours.critics.net, theirs.critic),
+            (ours.critics.targets, theirs.critic_target),
+        ):
+            for name, parameter in net.named_parameters():
+                for i in range(2):
+                    parameter[i].copy_(other.state_dict()[f"qf{i}.{name}"])
+    return theirs, ours
+
+
+def sb3_actor(theirs, name: str) -> torch.Tensor:
+    weights = theirs.actor.state_dict()
+    layer, _, kind = name.rpartition(".")
+    if layer == "4":  # one output layer here, two there
+        return torch.cat([weights[f"mu.{kind}"], weights[f"log_std.{kind}"]])
+    return weights[f"latent_pi.{layer}.{kind}"]
+
+
+def train_both(theirs, ours, dtype: torch.dtype, monkeypatch):
+    """STEPS gradient steps on the same batches with the same noise; our last losses."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(STEPS):
+        # SB3 casts observations to float32 on the way.
+        obs, following = rng.normal(size=(2, BATCH, 3)).astype(np.float32).astype(np.float64)
+        actions, rewards = rng.uniform(-1, 1, (BATCH, 1)), rng.normal(size=BATCH)
+        done = rng.random(BATCH) < 0.2
+        batches.append((obs, actions, rewards, done, following))
+    queue = iter(batches)
+
+    def sample(size, env=None):
+        obs, actions, rewards, done, following = next(queue)
+        parts = (obs, actions, following, done[:, None], rewards[:, None])
+        return ReplayBufferSamples(*(torch.as_tensor(x).to(dtype) for x in parts))
+
+    monkeypatch.setattr(theirs.replay_buffer, "sample", sample)
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(3)
+        noise = [
+            torch.normal(torch.zeros(BATCH, 1), torch.ones(BATCH, 1)) for _ in range(2 * STEPS)
+        ]
+        torch.manual_seed(3)
+        theirs.train(gradient_steps=STEPS, batch_size=BATCH)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    losses = {}
+    for k, (obs, actions, rewards, done, following) in enumerate(batches):
+        discounts = ours.config.gamma * (1.0 - done)
+        parts = (obs, actions, rewards, discounts, following)
+        both = torch.stack(noise[2 * k : 2 * k + 2])[None]
+        step = ours.learn(Sample(*(x[None] for x in parts)), both)
+        losses = {n: losses.get(n, 0.0) + v.item() / STEPS for n, v in step.items()}
+    return losses, theirs.logger.name_to_value
+
+
+def compare(theirs, ours, losses, logged, tolerance: float) -> None:
+    for name, parameter in ours.actor.named_parameters():
+        assert (parameter[0] - sb3_actor(theirs, name)).abs().max() <= tolerance, name
+    for net, other in (
+        (ours.critics.net, theirs.critic),
+        (ours.critics.targets, theirs.critic_target),
+    ):
+        for name, parameter in net.named_parameters():
+            for i in range(2):
+                expected = other.state_dict()[f"qf{i}.{name}"]
+                assert (parameter[i] - expected).abs().max() <= tolerance, name
+    for name in ("actor_loss", "critic_loss", "ent_coef"):
+        assert losses[name] == pytest.approx(logged[f"train/{name}"], abs=max(tolerance, 1e-9))
+    if ours.config.learns_ent_coef:
+        assert (ours.log_ent_coef[0] - theirs.log_ent_coef).abs().max() <= tolerance
+
+
+@pytest.fixture
+def double_sb3(monkeypatch):
+    preprocess = stable_baselines3.common.policies.preprocess_obs
+    monkeypatch.setattr(
+        stable_baselines3.common.policies,
+        "preprocess_obs",
+        lambda obs, space, normalize_images=True: preprocess(obs, space, normalize_images).double(),
+    )
+    monkeypatch.setattr(
+        ReplayBuffer, "to_torch", lambda self, x, copy=True: torch.as_tensor(np.array(x)).double()
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_updates_equal_sb3_in_float64(options, double_sb3, monkeypatch):
+    theirs, ours = pair(options, torch.float64)
+    compare(theirs, ours, *train_both(theirs, ours, torch.float64, monkeypatch), 1e-10)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_updates_equal_sb3_in_float32(options, monkeypatch):
+    theirs, ours = pair(options, torch.float32)
+    compare(theirs, ours, *train_both(theirs, ours, torch.float32, monkeypatch), 2e-5)
+
+
+def test_squashed_gradients_equal_autograd():
+    torch.manual_seed(0)
+    head = SquashedGaussian(3)
+    output = (2 * torch.randn(2, 20, 6)).double()
+    output[0, 0, 4], output[1, 3, 5] = 2.5, -21.0  # clipped deviations
+    output.requires_grad_()
+    noise, direction = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
+    ent_coef = torch.tensor([0.3, 0.7]).double()[:, None]
+    policy = head.sample(output, noise)
+    normal = torch.distributions.Normal(output[..., :3], output[..., 3:].clamp(-20, 2).exp())
+    raw = normal.mean + normal.stddev * noise
+    slope = torch.log(1 - torch.tanh(raw) ** 2 + 1e-6).sum(-1)
+    assert torch.allclose(policy.log_prob, normal.log_prob(raw).sum(-1) - slope)
+    loss = (ent_coef * policy.log_prob).sum() - (direction * policy.actions).sum()
+    (expected,) = torch.autograd.grad(loss, output)
+    ours = head.gradient(policy, direction, ent_coef[..., None])
+    assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("value_loss", ["mse", "hl-gauss", "two-hot", "c51", "quantile"])
+def test_two_threads_and_seeds_in_company_change_nothing(value_loss):
+    """Halves on two threads equal one; seed 7 alone equals seed 7 of three, in float64."""
+    given = {"env": "Pendulum-v1", "batch_size": 16, "net_arch": (16, 16), "steps": 5000,
+             "value_loss": value_loss, "buffer_size": 100,
+             "plasticity": ["cbp:rate=0.01,maturity=3"]}  # fmt: skip
+    config = build_config("sac", given=given)
+    import gymnasium as gym
+
+    env = gym.make("Pendulum-v1")
+    agents = [
+        SAC(config, env.observation_space, env.action_space, seeds, "cpu", threads, torch.float64)
+        for seeds, threads in (((7,), 1), ((7,), 2), ((3, 7, 5), 1))
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        parts = [rng.normal(size=(1, 16, n)) for n in (3, 1, 3)]
+        sample = Sample(parts[0], np.tanh(parts[1]), rng.normal(size=(1, 16)),
+                        np.full((1, 16), 0.9), parts[2])  # fmt: skip
+        noise = torch.from_numpy(rng.normal(size=(1, 2, 16, 1)))
+        for agent in agents:
+            copies = len(agent.seeds)
+            several = Sample(*(np.repeat(x, copies, 0) for x in sample))
+            agent.learn(several, noise.expand(copies, -1, -1, -1))
+    for place, agent in ((0, agents[1]), (1, agents[2])):
+        for a, b in zip(agents[0].actor.parameters(), agent.actor.parameters(), strict=True):
+            assert (a[0] - b[place]).abs().max() < 1e-9
+        for a, b in zip(
+            agents[0].critics.net.parameters(), agent.critics.net.parameters(), strict=True
+        ):
+            assert (a[0] - b[2 * place]).abs().max() < 1e-9
+            assert (a[1] - b[2 * place + 1]).abs().max() < 1e-9
+        assert agents[0].counts()["cbp"][0] == agent.counts()["cbp"][place] > 3
