@@ -78,9 +78,9 @@ class Moments:
         self.event = torch.full((copies,), -1, dtype=torch.int64, device=device)
         self.decays = torch.tensor(self.betas, dtype=torch.float64, device=device).view(-1, 1, 1)
         self.gains = (1 - self.decays) / self.decays
-        tolerance = 1e-18 if units.dtype is torch.float64 else 1e-10
-        self.tolerance = tolerance
-        self.horizon = max((math.log(tolerance) / math.log(b) for b in self.betas), default=0.0)
+        # Q below this changes no bit worth having; powers below it count as none.
+        self.tolerance = 1e-18 if units.dtype is torch.float64 else 1e-8
+        self.horizons = [math.log(self.tolerance) / math.log(beta) for beta in self.betas]
         self.factors = torch.zeros(
             len(self.betas), copies, total + 1, dtype=units.dtype, device=device
         )
@@ -205,28 +205,53 @@ class Moments:
         if not (self.betas and self.parts):
             return
         known = self.clock.known
+        late = [False] * len(self.betas)
         if known is None:
-            late = quiet = False
             self._stale = True
         else:
             if self._stale:
                 self.reload()
-            late = min(map(sum, zip(known, self.host_offset, strict=True))) > self.horizon
-            quiet = all(
-                event < 0 or count - event > self.horizon
+            least = min(map(sum, zip(known, self.host_offset, strict=True)))
+            late = [least > horizon for horizon in self.horizons]
+            if all(
+                event < 0 or count - event > self.horizons[-1]
                 for event, count in zip(self.host_event, known, strict=True)
-            )
-        if quiet:
-            return
-        if self.clock.mask is None:
+            ):
+                return  # nobody is young
+        mask = self.clock.mask
+        if mask is None:
             self.powers.mul_(self.decays)
         else:
             older = self.powers * self.decays
-            self.powers.copy_(torch.where(self.clock.mask.view(1, -1, 1), older, self.powers))
-        if late:
-            self._adjust_late()
-        else:
-            self._adjust()
+            self.powers.copy_(torch.where(mask.view(1, -1, 1), older, self.powers))
+        self._adjust(late)
+
+    def _adjust(self, late: list[bool]) -> None:
+        """`average <- A average + B g`; for betas whose Q has vanished `average.lerp_(g, B)`."""
+        if any(late):
+            factors = self.powers / (1 - self.powers)
+            if self.clock.mask is not None:
+                factors = factors * self.clock.mask.view(1, -1, 1)
+            torch.mul(factors, self.gains, out=self._inner)
+        if not all(late):
+            self._coefficients()
+        for part, grad, state in self._present():
+            weight, last = None, -1
+            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
+                if place < 0:
+                    continue
+                value = grad if key == "exp_avg" else self._squared(grad)
+                if late[place]:
+                    if place != last:
+                        sides = part.kept_sides("late", place, self.vectors[place])
+                        weight, last = self._extreme(torch.maximum, *sides, grad), place
+                    assert weight is not None
+                    state[key].lerp_(value, weight)
+                    continue
+                keep = part.kept_sides("keep", place, self._keep[place, part.number])
+                state[key].mul_(self._extreme(torch.minimum, *keep, grad))
+                take = part.kept_sides("take", place, self._take[place, part.number])
+                state[key].addcmul_(value, self._extreme(torch.maximum, *take, grad))
 
     def _present(self) -> list[tuple[Part, Tensor, dict[str, Tensor]]]:
         """Parts that this step moves, their gradient as the optimizer will see it, their state."""
@@ -246,36 +271,6 @@ class Moments:
                 grad = torch.where(mask.view(-1, *[1] * (grad.ndim - 1)), grad, 0.0)
             found.append((part, grad, state))
         return found
-
-    def _adjust_late(self) -> None:
-        """T beyond the horizon: `average.lerp_(g, B)`."""
-        factors = self.powers / (1 - self.powers)
-        if self.clock.mask is not None:
-            factors = factors * self.clock.mask.view(1, -1, 1)
-        torch.mul(factors, self.gains, out=self._inner)
-        for part, grad, state in self._present():
-            weight, last = None, -1
-            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
-                if place < 0:
-                    continue
-                if place != last:
-                    sides = part.kept_sides("late", place, self.vectors[place])
-                    weight, last = self._extreme(torch.maximum, *sides, grad), place
-                assert weight is not None
-                state[key].lerp_(grad if key == "exp_avg" else self._squared(grad), weight)
-
-    def _adjust(self) -> None:
-        """Any T: `average <- A average + B g`."""
-        self._coefficients()
-        for part, grad, state in self._present():
-            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
-                if place < 0:
-                    continue
-                keep = part.kept_sides("keep", place, self._keep[place, part.number])
-                state[key].mul_(self._extreme(torch.minimum, *keep, grad))
-                take = part.kept_sides("take", place, self._take[place, part.number])
-                weight = self._extreme(torch.maximum, *take, grad)
-                state[key].addcmul_(grad if key == "exp_avg" else self._squared(grad), weight)
 
     def _coefficients(self) -> None:
         """A and B at each part's own T, into `_keep` and `_take` `[betas, parts, S, total + 1]`."""
