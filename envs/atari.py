@@ -92,12 +92,13 @@ class AtariLane:
         self._next = b""
         self._held = 0  # the last frame's action
         self._applied = bytearray()  # the actions of all frames of this episode
+        self._lead = 0  # frames before the first of them
         self._screen = self._other = np.empty((0, 0), np.uint8)
 
     @property
     def frames(self) -> int:
-        """Frames of this episode."""
-        return len(self._applied)
+        """Frames of this episode, as ALE counts them: a few may go before the first action."""
+        return self._lead + len(self._applied)
 
     @property
     def applied(self) -> bytes:
@@ -127,14 +128,14 @@ class AtariLane:
         ale, skip, stickiness = self.ale, self._frame_skip, self._stickiness
         stays = (self.rng.random(skip) < stickiness).tolist() if stickiness else (False,) * skip
         points, held, over, pooled = 0, self._held, False, False
-        last = min(skip, self._max_frames - len(self._applied)) - 1
+        last = min(skip, self._max_frames - self.frames) - 1
         for frame, stay in enumerate(stays):
             if not stay:
                 held = action
             points += ale.act(held)
             self._applied.append(held)
             over = ale.game_over()
-            if over or frame == last:
+            if over or frame >= last:
                 break
             if frame == skip - 2:
                 ale.getScreenGrayscale(self._other)
@@ -144,7 +145,7 @@ class AtariLane:
         if pooled:
             np.maximum(self._screen, self._other, out=self._screen)
         self._shrink(out)
-        return float(points), over, not over and len(self._applied) >= self._max_frames
+        return float(points), over, not over and self.frames >= self._max_frames
 
     def lives(self) -> int:
         """Lives left, in games that count them."""
@@ -172,6 +173,7 @@ class AtariLane:
         self.ale.restoreState(ALEState(self._began))
         self.ale.reset_game()
         self._next = _clone(self.ale)
+        self._lead = self.ale.getEpisodeFrameNumber()
         self._held = 0
         self._applied = bytearray()
 

@@ -48,11 +48,12 @@ class Row:
         ]
         return self._pictures, steps
 
-    def start(self, starts: Sequence[tuple[int, Entry]]) -> list[tuple[Frame, int]]:
-        """Start episodes: each lane's picture [84, 84] and lives."""
+    def start(self, starts: Sequence[tuple[int, Entry]]) -> list[tuple[Frame, int, int]]:
+        """Start episodes: each lane's picture [84, 84], lives and frames."""
         for lane, entry in starts:
             self.lanes[lane].start(entry, self._pictures[lane])
-        return [(self._pictures[lane], self.lanes[lane].lives()) for lane, _ in starts]
+        played = [(lane, self.lanes[lane]) for lane, _ in starts]
+        return [(self._pictures[i], lane.lives(), lane.frames) for i, lane in played]
 
     def seed(self, seeds: Sequence[tuple[int, int]]) -> list[None]:
         """Seed the stickiness of lanes."""
@@ -198,8 +199,8 @@ class AtariBank:
             out[span.start : span.stop], steps[span.start : span.stop] = result
         return steps
 
-    def start(self, starts: Iterable[tuple[int, Entry]]) -> list[tuple[Frame, int]]:
-        """Start episodes of (lane, entry): each one's picture [84, 84] and lives."""
+    def start(self, starts: Iterable[tuple[int, Entry]]) -> list[tuple[Frame, int, int]]:
+        """Start episodes of (lane, entry): each one's picture [84, 84], lives and frames."""
         return self._each("start", starts)
 
     def seed(self, seeds: Iterable[tuple[int, int]]) -> None:

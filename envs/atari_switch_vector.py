@@ -132,10 +132,10 @@ class AtariSwitchVectorEnv(gym.vector.VectorEnv[Frames, NDArray[Any], NDArray[An
                 self._tasks[lane] = task
             self._announce()
         entries = [(lane, self._tour(lane).entry(task)) for lane, task in tasks.items()]
-        for lane, (picture, lives) in zip(lanes, self._bank.start(entries), strict=True):
+        for lane, (picture, *counts) in zip(lanes, self._bank.start(entries), strict=True):
             self._stack[lane] = 0
             self._stack[lane, -1] = picture
-            self._lives[lane], self._frames[lane] = lives, 0
+            self._lives[lane], self._frames[lane] = counts
 
     def _infos(self) -> dict[str, Any]:
         return {
