@@ -81,7 +81,7 @@ def _activity(found: dict[str, Tensor], sites: list[Site], last: dict[str, Site]
     sizes: dict[str, int] = {}
     for site in sites:
         features = site.activation
-        size = mean_size(features)
+        size = features.mean(-2) if site.nonnegative else mean_size(features)
         counts = {name: dormant(size, tau).sum(-1) for name, tau in THRESHOLDS.items()}
         counts["dead_fraction"] = dead(size).sum(-1)
         kind = site.nonlinearity
