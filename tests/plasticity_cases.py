@@ -5,6 +5,7 @@ A new method gets a line in ACTING and one in NULL; a test tells when it has non
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -116,15 +117,24 @@ def sgd(parameters: object, lr: float) -> Optimizer:
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)  # type: ignore[arg-type]
 
 
-def batched(seeds: Sequence[int], dtype: torch.dtype) -> nn.Sequential:
-    """3 -> 8 -> 8 -> 2 for several seeds, each drawn from its own generator."""
+def batched(
+    seeds: Sequence[int], dtype: torch.dtype, widths: Sequence[int] = (3, 8, 8, 2)
+) -> nn.Sequential:
+    """Linear layers and ReLU for several seeds, each drawn from its own generator."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def layer(n_in: int, n_out: int) -> BatchedLinear:
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
         init = Init("lecun-uniform")
-        return BatchedLinear(len(seeds), n_in, n_out, init=init, generators=generators, dtype=dtype)
+        layer = BatchedLinear(
+            len(seeds), n_in, n_out, init=init, generators=generators, dtype=dtype
+        )
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
-    return nn.Sequential(layer(3, 8), nn.ReLU(), layer(8, 8), nn.ReLU(), layer(8, 2))
+
+def shallow(seeds: Sequence[int], dtype: torch.dtype) -> nn.Sequential:
+    """The same with one hidden layer: quick to compile."""
+    return batched(seeds, dtype, (3, 8, 2))
 
 
 def plain(seeds: Sequence[int], dtype: torch.dtype) -> nn.Sequential:
@@ -190,7 +200,7 @@ class Run:
         attached: bool = True,
     ) -> None:
         self.seeds = seeds
-        self.stacked = network is batched
+        self.stacked = network in (batched, shallow)
         self.net = network(seeds, dtype)
         if rewriters(specs):
             generators = [torch.Generator().manual_seed(100 + seed) for seed in seeds]
