@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from perennial.plasticity.base import Intervention, Stage
-from perennial.plasticity.draws import Stream
+from perennial.plasticity.draws import Stream, fold
 from perennial.plasticity.fresh import Slot, forget, fresh, parameters_of, put, slots_of
 from perennial.plasticity.heads import head_slots
 from perennial.plasticity.registry import check, default
@@ -59,8 +60,11 @@ class ShrinkPerturb(Intervention):
     Target networks get the same with noise of their own, as in BBF.
 
     Deviations: dormancy is that of hidden units after their nonlinearity (DrM: pre-activations,
-    outputs too). One draw of all weights costs about as much as an update: `every=1` with
-    `draw=init` more where weights are orthogonal.
+    outputs too); running statistics of norms stay.
+
+    Every weight gets its own noise at every event, which costs about as much as an update, and
+    several with `draw=init`. To the same effect as the soft variant's, in its mean and variance:
+    `shrink=0.99968,noise=0.0000179,every=320`.
     """
 
     name: ClassVar[str] = "shrink-perturb"
@@ -139,14 +143,18 @@ class ShrinkPerturb(Intervention):
         if self.shrink == 1 and self.noise == 0 and not self.adapts:
             return
         shrink, noise = self._factors()
+        everyone = due.which is not None and len(due.which) == self.clock.copies
         for which in range(1 + len(self.targets)):
             leads = [s.target_leads[which - 1] if which else s.lead for s in self._slots]
             draws = self._draws(leads, stream.fold(which + 1)) if self.noise or self.adapts else []
             for place, value in enumerate(leads):
-                new = value * _per_copy(shrink, value)
+                # In place where nothing has to be kept: every step's noise touches all memory.
+                new = value if everyone else value.clone()
+                new.mul_(_per_copy(shrink, value))
                 if draws:
-                    new = new + _per_copy(noise, value) * draws[place]
-                put(value, new, due.copies)
+                    new.add_(draws[place].mul(_per_copy(noise, value)))
+                if not everyone:
+                    put(value, new, due.copies)
 
     def _factors(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """Of weights and of psi: numbers, or `[S]`."""
@@ -164,13 +172,25 @@ class ShrinkPerturb(Intervention):
         """psi of every slot."""
         if self.draw == "normal":
             sizes = [value[0].numel() for value in leads]
-            parts = stream.normal(sum(sizes)).split(sizes, -1)
+            parts = normals(stream, sum(sizes), self.units.dtype).split(sizes, -1)
             return [p.view_as(v).to(v.dtype) for p, v in zip(parts, leads, strict=True)]
         kept = {name: value for name, value in self.named_buffers(recurse=False)}
         return [
             kept[name] if (name := f"initial{slot.place}") in kept else fresh(slot, stream)
             for slot in self._slots
         ]
+
+
+def normals(stream: Stream, count: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers `[S, count]` (Box & Muller), two from 64 bits and in the weights' own
+    precision: a quarter of the time of `Stream.normal`. None exceeds 6.7."""
+    half = count // 2 + 1
+    words = torch.arange(1, half + 1, device=stream.keys.device)
+    bits = fold(stream.keys.unsqueeze(-1), words)
+    unit = 2.0**-32
+    radius = ((bits >> 32) & (2**32 - 1)).to(dtype).add_(1).mul_(unit).log_().mul_(-2).sqrt_()
+    angle = (bits & (2**32 - 1)).to(dtype).mul_(2 * math.pi * unit)
+    return torch.cat([radius * angle.cos(), radius * angle.sin_()], -1)[:, :count]
 
 
 def _per_copy(factor: float | Tensor, value: Tensor) -> float | Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perennial.plasticity import BatchedAdam, BatchedLinear, attach, find_units, make
+from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
+from perennial.plasticity import BatchedAdam, BatchedLinear, Init, attach, find_units, make
 from perennial.plasticity.norms import BatchedLayerNorm
 
 from .nets import OPTIMIZERS, batch, batched, copies_of, plain, put_to, same, train, weights
@@ -276,3 +277,16 @@ def test_a_part_by_name_and_one_line_for_a_wrong_one() -> None:
         attach("injection:net=too", units, BatchedAdam(net.parameters(), lr=0.01))
     with pytest.raises(ValueError, match=r"times=0 must be"):
         make("injection:times=0")
+
+
+def test_injected_networks_of_our_agents_run_as_modules() -> None:
+    """The passes written out and the numpy forward know no hooks."""
+    generators = [torch.Generator().manual_seed(0)]
+    net = MLP(1, (3, 16, 16, 2), "relu", Init(), Init(), generators).double()
+    assert WrittenOut.fits(net)
+    optimizer = BatchedAdam(net.parameters(), lr=0.01)
+    put_to(net, "injection:every=1", optimizer)
+    assert isinstance(passes(net), Autograd)
+    train(net, optimizer, range(2))
+    ours = passes(net)
+    assert torch.equal(ours.forward(batch(3, 1), None), net(batch(3, 1)))
