@@ -163,6 +163,7 @@ class TwinCritics:
                 "targets": weights_of(self.targets, copy),
                 "optimizer": self.optimizer.state_of(copy),
                 "interventions": self.handle.state_of(copy),
+                "metrics": self.units.references.state_of(copy),
             }
             for copy in range(seed * TWINS, (seed + 1) * TWINS)
         ]
@@ -174,6 +175,7 @@ class TwinCritics:
             load_weights(self.targets, copy, state["targets"])
             self.optimizer.load_state_of(copy, state["optimizer"])
             self.handle.load_state_of(copy, state["interventions"])
+            self.units.references.load_state_of(copy, state["metrics"])
 
 
 def _pairs(obs: Tensor, actions: Tensor) -> Tensor:

@@ -342,7 +342,8 @@ class PPO:
             for key in measured:
                 if key.endswith("gradient_norm"):
                     measured[key] = measured[key] / self.clip_scale[:, 0]
-        return measured
+        entropy = metrics.gaussian_entropy(self.net.distribution.log_std.detach())
+        return measured | {"policy/policy_entropy": entropy.cpu().double()}
 
     def counts(self) -> dict[str, Tensor]:
         """Units recycled so far [S] by each method."""
@@ -357,6 +358,7 @@ class PPO:
             "weights": {k: v[copy].detach().cpu() for k, v in self.net.state_dict().items()},
             "optimizer": self.optimizer.state_of(copy),
             "interventions": self.handle.state_of(copy),
+            "metrics": self.units.references.state_of(copy),
             "streams": {
                 "action": self.action_noise.state(copy),
                 "minibatch": self.minibatch_order.state(copy),
@@ -374,6 +376,7 @@ class PPO:
             own[name][copy].copy_(tensor)
         self.optimizer.load_state_of(copy, state["optimizer"])
         self.handle.load_state_of(copy, state["interventions"])
+        self.units.references.load_state_of(copy, state["metrics"])
         self.action_noise.load_state(copy, state["streams"]["action"])
         self.minibatch_order.load_state(copy, state["streams"]["minibatch"])
         self.normalizer.load_state(copy, state["normalizer"])

@@ -298,6 +298,7 @@ class SAC:
             "actor": weights_of(self.actor, copy),
             "optimizer": self.optimizer.state_of(copy),
             "interventions": self.handle.state_of(copy),
+            "metrics": self.units.references.state_of(copy),
             "critics": self.critics.state(copy),
             "log_ent_coef": self.log_ent_coef.detach()[copy].cpu(),
             "ent_optimizer": self.ent_optimizer.state_of(copy),
@@ -315,6 +316,7 @@ class SAC:
         load_weights(self.actor, copy, state["actor"])
         self.optimizer.load_state_of(copy, state["optimizer"])
         self.handle.load_state_of(copy, state["interventions"])
+        self.units.references.load_state_of(copy, state["metrics"])
         self.critics.load_state(copy, state["critics"])
         self.log_ent_coef[copy].copy_(state["log_ent_coef"])
         self.ent_optimizer.load_state_of(copy, state["ent_optimizer"])

@@ -26,10 +26,10 @@ class References:
     def __init__(self, layers: Sequence[Layer], sites: Sequence[Site]) -> None:
         self.initial = {layer.key: layer.weight.clone() for layer in layers}
         self.latest = {key: weight.clone() for key, weight in self.initial.items()}
-        # Mean and standard deviation of pre-activations, `[S, 2, n]`; NaN: not measured yet.
+        # Mean and standard deviation of pre-activations, `[S, 2, n]`; inf: not measured yet.
         self.before = {
             site.key: site.producer.weight.new_full(
-                (len(site.producer.weight), 2, site.n), torch.nan
+                (len(site.producer.weight), 2, site.n), torch.inf
             )
             for site in sites
         }
@@ -40,7 +40,7 @@ class References:
         if site.preactivation is None:
             return None
         before, now = self.before[site.key], torch.stack(site.preactivation, 1)
-        before.copy_(torch.where(before.isnan(), now, before))
+        before.copy_(torch.where(before.isinf(), now, before))
         return before[:, 0], before[:, 1]
 
     def _tensors(self) -> dict[str, Tensor]:
