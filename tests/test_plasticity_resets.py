@@ -1,4 +1,4 @@
-"""reset, head-reset and optimizer-reset against their oracles; events of all methods that have some."""
+"""reset, head-reset, optimizer-reset against their oracles; events of all methods that have some."""
 
 import copy
 import math
