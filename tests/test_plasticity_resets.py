@@ -1,4 +1,4 @@
-"""reset, head-reset, optimizer-reset against their oracles; events of all methods that have some."""
+"""reset, head-reset, optimizer-reset against their oracles; events of every such method."""
 
 import copy
 import math
