@@ -85,7 +85,6 @@ class PlasticityCallback(BaseCallback):
                 self._methods.append(method)
         check_together([registry.parse_spec(spec)[0] for spec in self._rewrites])
         self._live: Live | None = None
-        self._measured: int | None = None  # env steps at the latest measurement
         self._changed = False
 
     @property
@@ -109,9 +108,9 @@ class PlasticityCallback(BaseCallback):
             before.close()
             before = before.snapshot()
         seed = self.model.seed if self.seed is None else self.seed
-        self._live = Live(self.model, self._methods, seed or 0, self._log, before)
+        measures = self.metrics_every > 0
+        self._live = Live(self.model, self._methods, seed or 0, self._log, before, measures)
         self.model.plasticity = self._live  # type: ignore[attr-defined]
-        self._measured = None
 
     def _on_rollout_start(self) -> None:
         if self._changed and self._live is not None:
@@ -133,10 +132,8 @@ class PlasticityCallback(BaseCallback):
             return
         if live.task is not None:
             self.logger.record("task/index", live.task)
-        if not self.metrics_every:
-            return
-        if self._measured is None or self.num_timesteps - self._measured >= self.metrics_every:
-            self._measured = self.num_timesteps
+        since = self.num_timesteps - (live.measured or 0)
+        if self.metrics_every and (live.measured is None or not 0 <= since < self.metrics_every):
             for name, count in live.counts().items():
                 self.logger.record(f"intervention/{name}/units_reset", count)
             for part in live.parts:
@@ -149,6 +146,9 @@ class PlasticityCallback(BaseCallback):
             self._live = None
 
     def _log(self, found: Mapping[str, float]) -> None:
+        """Metrics of one network."""
+        if self._live is not None:
+            self._live.measured = self.num_timesteps
         for key, value in found.items():
             # Not in the table on the screen: it would be long, and cut keys may coincide there.
             self.logger.record(f"plasticity/{key}", value, exclude=("stdout", "log"))

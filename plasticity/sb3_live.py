@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
 
 from perennial.plasticity import metrics
 from perennial.plasticity.base import Intervention
@@ -20,7 +21,8 @@ from perennial.plasticity.sb3_networks import (
 )
 
 Log = Callable[[Mapping[str, float]], None]
-# {"methods": {network: names}, "state": {network: {name: tensor}}, "task": int or None}
+# {"methods": {network: names}, "state": {network: {name: tensor}}, "references": the same of the
+# metrics, "measured": env steps at the latest measurement or None, "task": int or None}
 Snapshot = dict[str, Any]
 
 
@@ -93,6 +95,7 @@ class Live:
     Args:
         methods: not attached yet; every network gets copies of those that concern it.
         before: snapshot of an earlier `learn` to go on from.
+        measures: whether metrics are; what they compare with is part of the snapshot then.
     """
 
     def __init__(
@@ -102,9 +105,12 @@ class Live:
         seed: int,
         log: Log,
         before: Snapshot | None,
+        measures: bool,
     ) -> None:
+        self.measures = measures
         self.parts: list[Part] = []
         self.task: int | None = None
+        self.measured: int | None = None  # env steps at the latest measurement
         networks = networks_of(model.policy)
         shares = [[m for m in methods if network.concerns(m)] for network in networks]
         for method in methods:
@@ -138,26 +144,32 @@ class Live:
     def snapshot(self) -> Snapshot:
         """The state as plain tensors on the CPU."""
         handles = {part.network.name: part.handle for part in self.parts}
-        states = {net: handle.state_dict() for net, handle in handles.items()}
+        references = {
+            part.network.name: part.units.references for part in self.parts if self.measures
+        }
         return {
             "methods": {net: list(handle.interventions) for net, handle in handles.items()},
-            "state": {net: {k: v.cpu() for k, v in own.items()} for net, own in states.items()},
+            "state": {net: _on_cpu(handle.state_dict()) for net, handle in handles.items()},
+            "references": {net: _on_cpu(own.state_dict()) for net, own in references.items()},
+            "measured": self.measured,
             "task": self.task,
         }
 
     def _restore(self, before: Snapshot) -> None:
-        self.task = before["task"]
+        self.task, self.measured = before["task"], before["measured"]
         for part in self.parts:
-            own, had = list(part.handle.interventions), before["methods"][part.network.name]
+            name = part.network.name
+            if name in before["references"]:
+                part.units.references.load_state_dict(before["references"][name])
+            own, had = list(part.handle.interventions), before["methods"][name]
             if not any(before["methods"].values()) and own:  # metrics alone: nothing to go on from
                 continue
             if own != had:
                 raise ValueError(
-                    f"the model's {part.network.name} learned with methods {had}, now given are "
-                    f"{own}: give the same, or set model.plasticity = None to begin their state "
-                    f"anew"
+                    f"the model's {name} learned with methods {had}, now given are {own}: give the "
+                    f"same, or set model.plasticity = None to begin their state anew"
                 )
-            part.handle.load_state_dict(before["state"][part.network.name])
+            part.handle.load_state_dict(before["state"][name])
 
     def close(self) -> None:
         for part in self.parts:
@@ -165,3 +177,7 @@ class Live:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (self.snapshot(),)
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cpu() for key, value in state.items()}

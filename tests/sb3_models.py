@@ -16,6 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+Streams = list[Callable[[], Any]]
 KINDS = ("ppo", "sac", "dqn")
 STEPS = {"ppo": 64, "sac": 32, "dqn": 32}  # env steps of a stretch: about 16 optimizer steps
 _ON = {"n_steps": 32, "batch_size": 16, "n_epochs": 4}
@@ -92,7 +93,7 @@ def everything(model: BaseAlgorithm) -> dict[str, Tensor]:
     found |= {name: getattr(model, name).detach().clone() for name in names}
     found["torch"] = torch.get_rng_state()
     found["numpy"] = torch.as_tensor(np.random.get_state()[1].astype(np.int64))
-    found |= _flat("plasticity", (getattr(model, "plasticity", None) or {}).get("state", {}))
+    found |= _flat("plasticity", getattr(model, "plasticity", None) or {})
     return found
 
 
@@ -109,10 +110,10 @@ def differences(some: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]
     )
 
 
-def reload(model: BaseAlgorithm) -> BaseAlgorithm:
+def reload(model: BaseAlgorithm, streams: Streams | None = None) -> BaseAlgorithm:
     """The model after stock save and load; with what SB3 does not save handed over: environment,
-    replay memory and random streams."""
-    file, streams = io.BytesIO(), _streams()
+    replay memory and random streams (as they are now, or as given)."""
+    file, streams = io.BytesIO(), streams or random_streams()
     model.seed = None  # load() would seed everything again
     model.save(file)
     file.seek(0)
@@ -124,7 +125,8 @@ def reload(model: BaseAlgorithm) -> BaseAlgorithm:
     return loaded
 
 
-def _streams() -> list[Callable[[], Any]]:
+def random_streams() -> Streams:
+    """Calls that put the random streams back to where they are now."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     setters = torch.set_rng_state, np.random.set_state, random.setstate
     return [lambda s=state, f=setter: f(s) for state, setter in zip(states, setters, strict=True)]

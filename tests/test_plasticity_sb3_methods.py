@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from perennial.plasticity import make
@@ -16,12 +18,14 @@ from perennial.plasticity.sb3_policies import belongs_to_policy
 from tests.plasticity_cases import ACTING, NULL
 from tests.sb3_models import (
     KINDS,
+    Streams,
     Watch,
     build,
     differences,
     everything,
     learn,
     optimizers,
+    random_streams,
     reload,
     weights,
 )
@@ -43,6 +47,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @functools.cache
+def trained(name: str, kind: str) -> tuple[BaseAlgorithm, Streams]:
+    """A model after one stretch with the method, and the random streams at that moment."""
+    model = learn(build(kind), PlasticityCallback(SPECS[name], seed=3))
+    return model, random_streams()
+
+
+@functools.cache
 def plain(kind: str, stretches: int = 1) -> dict[str, Tensor]:
     return weights(learn(build(kind), stretches=stretches))
 
@@ -51,8 +62,7 @@ def plain(kind: str, stretches: int = 1) -> dict[str, Tensor]:
 @every_method
 def test_acts(name: str, kind: str):
     """With the method the weights become others, and stay finite."""
-    model = learn(build(kind), PlasticityCallback(SPECS[name]))
-    found = weights(model)
+    found = weights(trained(name, kind)[0])
     assert all(torch.isfinite(value).all() for value in found.values())
     assert differences(found, plain(kind))
 
@@ -81,15 +91,15 @@ def test_null_setting_is_the_plain_run_bit_for_bit(name: str, kind: str):
 @every_method
 def test_goes_on_after_save_and_load_as_if_never_saved(name: str, kind: str):
     """Bit for bit as one learn() of the same length, the methods' state included."""
-    straight = learn(build(kind), PlasticityCallback(SPECS[name], seed=3), 2)
-    model = learn(build(kind), PlasticityCallback(SPECS[name], seed=3))
-    loaded = reload(model)
+    straight = everything(learn(build(kind), PlasticityCallback(SPECS[name], seed=3), 2))
+    model, streams = trained(name, kind)
+    loaded = reload(model, streams)
     assert type(loaded.plasticity) is dict
-    observation = model.observation_space.sample()[None]
-    actions = [m.predict(observation, deterministic=True)[0] for m in (model, loaded)]
+    observations = np.stack([model.observation_space.sample() for _ in range(5)])
+    actions = [m.predict(observations, deterministic=True)[0] for m in (model, loaded)]
     assert (actions[0] == actions[1]).all()
     learn(loaded, PlasticityCallback(SPECS[name], seed=3), again=True)
-    assert differences(everything(loaded), everything(straight)) == []
+    assert differences(everything(loaded), straight) == []
 
 
 @every_kind
