@@ -145,7 +145,9 @@ class TwinCritics:
         both: dict[str, Any] = dict(metrics.measure(self.units))
         for key, value in both.items():
             for i in range(TWINS):
-                found[f"critic{i + 1}/{key}"] = value.unflatten(0, (-1, TWINS))[:, i]
+                found[f"critic{i + 1}/{key.removeprefix('net/')}"] = value.unflatten(
+                    0, (-1, TWINS)
+                )[:, i]
         return found
 
     def counts(self) -> dict[str, Tensor]:

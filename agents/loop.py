@@ -162,11 +162,10 @@ class Group:
     ) -> None:
         """Write every seed's scalars and episodes, and tell the parent process."""
         steps = self.episodes.env_steps
+        self._write_episodes()
         for copy, (seed, recorder) in enumerate(zip(self.seeds, self.recorders, strict=True)):
             task, parameters = self.envs.task_of(copy)  # type: ignore[attr-defined]
             averages = self.episodes.averages(copy)
-            for episode in self.episodes.take(copy):
-                recorder.episode(*episode)
             measured = {tag: float(values[copy]) for tag, values in correlates.items()}
             if recorder.due(steps):
                 measured |= averages | {f"task/{name}": value for name, value in parameters.items()}
@@ -185,11 +184,17 @@ class Group:
                 }
             )
 
+    def _write_episodes(self) -> None:
+        for copy, recorder in enumerate(self.recorders):
+            for episode in self.episodes.take(copy):
+                recorder.episode(*episode)
+
     def save(self) -> None:
         """Write a checkpoint of every seed, unless this step has one."""
         steps = self.episodes.env_steps
         if steps == self.saved:
             return
+        self._write_episodes()
         for copy, (seed_dir, recorder) in enumerate(
             zip(self.seed_dirs, self.recorders, strict=True)
         ):

@@ -284,7 +284,7 @@ class SAC:
         with torch.no_grad(), self.units.recording():
             self.actor(obs)
         own: dict[str, Any] = dict(metrics.measure(self.units))
-        measured = {f"actor/{key}": value for key, value in own.items()}
+        measured = {f"actor/{key.removeprefix('net/')}": value for key, value in own.items()}
         return measured | self.critics.measure(obs, actions)
 
     def counts(self) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """SAC: one update is Stable-Baselines3's, gradients are autograd's, resume is exact."""
 
+import itertools
+
 import numpy as np
 import pytest
 import stable_baselines3
@@ -9,10 +11,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from perennial.agents.config import build_config
+from perennial.agents.loop import train_group
 from perennial.agents.replay import Sample
 from perennial.agents.sac import SAC
 from perennial.agents.squashed import SquashedGaussian
+from tests.test_checkpoint import same
+from tests.test_exactness import scalars
 
 BATCH, STEPS = 32, 6
 OPTIONS = {"plain": {}, "fixed temperature": {"ent_coef": "0.25", "tau": 0.5, "activation": "tanh"}}
@@ -192,3 +198,58 @@ def test_two_threads_and_seeds_in_company_change_nothing(value_loss):
             assert (a[0] - b[2 * place]).abs().max() < 1e-9
             assert (a[1] - b[2 * place + 1]).abs().max() < 1e-9
         assert agents[0].counts()["cbp"][0] == agent.counts()["cbp"][place] > 3
+
+
+GROUP = {"env_args": {"change_every": 700, "max_episode_steps": 60}, "steps": 2000,
+         "batch_size": 16, "net_arch": (16, 16), "buffer_size": 1500, "learning_starts": 100,
+         "train_freq": 4, "n_step": 2, "num_envs": 2, "seeds": 2, "at_change": "per-task",
+         "checkpoint_every": 1000, "metrics_every": 1000,
+         "plasticity": ["cbp:rate=0.01,maturity=20"],
+         "value_loss": "hl-gauss:low=-50,high=50"}  # fmt: skip
+
+
+def train(folder, stopping=lambda: False):
+    config = build_config("sac", given=GROUP)
+    for seed in config.seeds:
+        (folder / f"seed-{seed}").mkdir(parents=True, exist_ok=True)
+    train_group(config, config.seeds, folder, stopping=stopping)
+
+
+def test_stopped_anywhere_and_resumed_equals_unbroken(tmp_path):
+    """Replay, streams, networks, environments and log, between two points of the log too."""
+    train(tmp_path / "unbroken")
+    for calls in (60, 190):
+        count = itertools.count()
+        train(tmp_path / "broken", lambda: next(count) >= calls)  # noqa: B023
+    train(tmp_path / "broken")
+    for seed in (0, 1):
+        one, other = (tmp_path / name / f"seed-{seed}" for name in ("unbroken", "broken"))
+        assert checkpoints(one)[-1] == checkpoints(other)[-1] == 2000
+        assert same(read_checkpoint(one, 2000), read_checkpoint(other, 2000))
+        assert (one / "episodes.csv").read_bytes() == (other / "episodes.csv").read_bytes()
+        shown = scalars(one)
+        assert shown == scalars(other)
+        for tag in (
+            "train/critic_loss",
+            "plasticity/actor/dormant_fraction",
+            "plasticity/critic2/dormant_fraction",
+            "intervention/cbp/units_reset",
+        ):
+            assert shown[tag], tag
+
+
+@pytest.mark.slow
+def test_sac_learns_to_swing_up(tmp_path):
+    """Pendulum: from about -1300 to what SB3 reaches with the same options, -200 or better."""
+    from perennial.agents.evaluate import evaluate
+    from perennial.agents.run import train as run_training
+
+    config = build_config(
+        "sac",
+        given={"env": "Pendulum-v1", "steps": 8000, "learning_rate": 1e-3, "net_arch": (64, 64),
+               "seeds": 2, "run_dir": str(tmp_path / "run")},
+    )  # fmt: skip
+    run, status = run_training(config)
+    assert status == 0
+    for result in evaluate(run, episodes=10):
+        assert np.mean(result.returns) > -250
