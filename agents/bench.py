@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from perennial.agents.bench_plasticity import bench_plasticity
 from perennial.agents.config import UsageError, build_config
 from perennial.agents.options import nearest
 from perennial.agents.run import Run, Worker, cores, grouping
@@ -217,7 +218,10 @@ def bench_ppo(stream: TextIO) -> dict[str, Any]:
     return {"env_steps_per_second": table.rows, "ratios": ratios}
 
 
-BENCHES: dict[str, Callable[[TextIO], dict[str, Any]]] = {"ppo": bench_ppo}
+BENCHES: dict[str, Callable[[TextIO], dict[str, Any]]] = {
+    "ppo": bench_ppo,
+    "plasticity": bench_plasticity,
+}
 
 
 def main(names: list[str], json_file: str | None, stream: TextIO) -> int:
