@@ -1,5 +1,6 @@
 """The single changing Atari: Gymnasium's pictures, stickiness, the schedule, exact state."""
 
+import inspect
 import os
 import resource
 import subprocess
@@ -328,6 +329,20 @@ def test_state_goes_on_bit_for_bit(change: str) -> None:
     assert len(changes) >= 3
 
 
+def test_the_action_that_stickiness_holds_is_part_of_the_state() -> None:
+    unbroken, resumed = (make(games="Pong", repeat_action_probability=0.9) for _ in range(2))
+    unbroken.reset(seed=0)
+    lane = unbroken.unwrapped._lane
+    while lane.applied[-1:] != b"\x05":
+        unbroken.step(5)
+    resumed.unwrapped.set_state(through_files(unbroken.unwrapped.get_state(), {}))
+    begun = len(lane.applied)
+    for env in (unbroken, resumed.unwrapped):
+        env.step(2)
+    assert lane.applied[begun] == 5
+    assert resumed.unwrapped._lane.applied == lane.applied
+
+
 def test_states_of_something_else_are_refused() -> None:
     env = make(games=["Pong", "Freeway"]).unwrapped
     fresh = env.get_state()
@@ -406,6 +421,18 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for build in (lambda: specs.check_env(ENV_ID), make, lambda: gym.make_vec(ENV_ID)):
         with pytest.raises(ValueError, match=r"needs ale_py: pip install 'perennial-rl\[atari\]'"):
             build()
+
+
+def test_the_table_of_parameters_matches_the_constructors() -> None:
+    from perennial.envs.atari_switch import AtariSwitchEnv
+    from perennial.envs.atari_switch_vector import AtariSwitchVectorEnv
+
+    told = specs.ENVS[ENV_ID].defaults
+    own = {"num_envs", "threads", "schedule_seed", "render_mode"}
+    for cls in (AtariSwitchEnv, AtariSwitchVectorEnv):
+        params = inspect.signature(cls).parameters
+        taken = {name: param.default for name, param in params.items() if name not in own}
+        assert taken == told
 
 
 def test_checking_imports_no_emulator() -> None:
