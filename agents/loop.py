@@ -54,6 +54,7 @@ def train_group(
             if episodes.env_steps % config.rollout:
                 break  # stopped between two points of the log
             group.check(losses)
+            group.tell_changes()
             with clock("metrics"):
                 correlates = group.measure()
             with clock("record"):
@@ -101,6 +102,7 @@ class Group:
         self.episodes = Episodes(len(seeds), config.num_envs)
         found = newest_checkpoint(self.seed_dirs, warn=lambda text: report({"warning": text}))
         self.saved = found[0] if found else 0
+        self.tasks = [0] * len(seeds)
         observations, _ = self.envs.reset(
             seed=[x for s in seeds for x in environment_seeds(s, config.num_envs)]  # type: ignore[arg-type]
         )
@@ -108,6 +110,7 @@ class Group:
         for copy, tree in enumerate(found[1] if found else []):
             self.agent.load_state(copy, tree["agent"])
             self.episodes.load_state(copy, tree["episodes"])
+            self.tasks[copy] = tree["task"]
             fresh = self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
             if fresh is not None:
                 self.agent.restart(copy, fresh)
@@ -133,6 +136,14 @@ class Group:
         """
         steps = self.episodes.env_steps
         return steps // interval > (steps - self.config.rollout) // interval
+
+    def tell_changes(self) -> None:
+        """Tell the agent which seeds' schedule has come to another task since the last point."""
+        tasks = [self.envs.task_of(c)[0] for c in range(len(self.seeds))]  # type: ignore[attr-defined]
+        changed = [now != before for now, before in zip(tasks, self.tasks, strict=True)]
+        if any(changed):
+            self.agent.on_change(changed)
+        self.tasks = tasks
 
     def check(self, losses: dict[str, np.ndarray]) -> None:
         """Stop at the first loss that is not finite: the last checkpoint stays good."""
@@ -204,6 +215,7 @@ class Group:
                 steps,
                 {
                     "agent": self.agent.state(copy),
+                    "task": self.tasks[copy],
                     "episodes": self.episodes.state(copy),
                     "environments": self.envs.get_state(copy),  # type: ignore[attr-defined]
                 },

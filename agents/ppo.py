@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -29,6 +29,7 @@ from perennial.agents.aside import Aside
 from perennial.agents.config import PPOConfig
 from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
 from perennial.agents.episodes import Episodes
+from perennial.agents.minibatches import Batch, shuffled, standardised
 from perennial.agents.networks import Acting, WrittenOut, passes
 from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import explained_variance, generalised_advantages
@@ -39,17 +40,6 @@ from perennial.plasticity.adam import BatchedAdam
 
 _PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
 _CHUNK = 4096  # rows of one value forward: bounds memory, costs nothing
-
-
-class Batch(NamedTuple):
-    """Transitions of S seeds, n each: a rollout or a minibatch of it."""
-
-    observations: Tensor  # [S, n, D], normalised
-    actions: Tensor  # [S, n, A]
-    log_prob: Tensor  # [S, n] of the actions, under the policy that acted
-    values: Tensor  # [S, n] of the value network that acted
-    advantages: Tensor  # [S, n]
-    returns: Tensor  # [S, n], targets of the value network
 
 
 class PPO:
@@ -244,14 +234,14 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if config.advantage_norm == "batch":
-            batch = batch._replace(advantages=_standardised(batch.advantages))
+            batch = batch._replace(advantages=standardised(batch.advantages))
         batch = Batch(*(x.to(self.device) for x in batch))
         tally = Tally(copies, config.n_epochs, n // size, size, batch.values)
         active = [True] * copies  # a seed whose policy has moved too far stops for this update
         for epoch in range(config.n_epochs):
-            rows = Batch(*(_shuffled(x, order[:, epoch]) for x in batch))
+            rows = Batch(*(shuffled(x, order[:, epoch]) for x in batch))
             if config.advantage_norm == "minibatch" and size > 1:
-                standard = _standardised(rows.advantages.view(copies, -1, size))
+                standard = standardised(rows.advantages.view(copies, -1, size))
                 rows = rows._replace(advantages=standard.view(copies, n))
             tally.start_epoch(rows.advantages)
             for first in range(0, n, size):
@@ -345,6 +335,10 @@ class PPO:
         entropy = metrics.gaussian_entropy(self.net.distribution.log_std.detach())
         return measured | {"policy/policy_entropy": entropy.cpu().double()}
 
+    def on_change(self, changed: list[bool]) -> None:
+        """Tell the methods which seeds' task changed; between two rollouts."""
+        self.handle.on_change(changed)
+
     def counts(self) -> dict[str, Tensor]:
         """Units recycled so far [S] by each method."""
         return self.handle.counts()
@@ -382,17 +376,3 @@ class PPO:
         self.normalizer.load_state(copy, state["normalizer"])
         self.latest[copy] = state["latest"].numpy()
         self.updates[copy] = state["updates"]
-
-
-def _standardised(x: Tensor) -> Tensor:
-    """(x - mean) / (std + 1e-8) along the last axis, as SB3 does."""
-    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
-
-
-def _shuffled(x: Tensor, order: Tensor) -> Tensor:
-    """x [S, n, ...] with each seed's rows in its order [S, n]."""
-    if x.shape[0] == 1:
-        return x[0].index_select(0, order[0].to(x.device))[None]
-    return torch.stack(
-        [row.index_select(0, o.to(x.device)) for row, o in zip(x, order, strict=True)]
-    )

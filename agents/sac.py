@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from perennial.agents.actor_critic import sizes
 from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
-from perennial.agents.critics import TwinCritics, load_weights, weights_of
+from perennial.agents.critics import TWINS, TwinCritics, load_weights, weights_of
 from perennial.agents.episodes import Episodes
 from perennial.agents.networks import MLP, Acting, WrittenOut, passes
 from perennial.agents.replay import Replay, Sample
@@ -286,6 +286,11 @@ class SAC:
         own: dict[str, Any] = dict(metrics.measure(self.units))
         measured = {f"actor/{key.removeprefix('net/')}": value for key, value in own.items()}
         return measured | self.critics.measure(obs, actions)
+
+    def on_change(self, changed: list[bool]) -> None:
+        """Tell the methods which seeds' task changed."""
+        self.handle.on_change(changed)
+        self.critics.handle.on_change([c for c in changed for _ in range(TWINS)])
 
     def counts(self) -> dict[str, Tensor]:
         """Units recycled so far [S] by each method, over all three networks."""

@@ -263,8 +263,9 @@ class Handle:
             for intervention in self._after:
                 intervention.after_step()
 
-    def on_change(self) -> None:
-        """Tell the methods that the task changed."""
+    def on_change(self, active: Active = None) -> None:
+        """Tell the methods that the task changed, for all copies or those that are `active`."""
+        self.clock.choose(active)
         with torch.no_grad():
             for intervention in self.interventions.values():
                 intervention.on_change()

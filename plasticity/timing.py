@@ -67,9 +67,11 @@ class Timing:
         if not self.change:
             return None
         due = torch.ones_like(events, dtype=torch.bool)
+        if clock.mask is not None:
+            due = due & clock.mask
         if clock.known is None:
             return self._blind(due, events)
-        return self._left(due, list(range(clock.copies)), events)
+        return self._left(due, list(clock.current()), events)
 
     def reload(self, events: Tensor) -> None:
         """The number of events of each copy changed on the device."""
