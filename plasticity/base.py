@@ -3,7 +3,7 @@
     handle = attach([ContinualBackprop(rate=1e-4), "l2:strength=1e-3"], units, optimizer)
     loss.backward(); optimizer.step()          # the methods act here
 
-A new method is one file with a subclass of `Intervention` and one entry in registry.py.
+A new method is one file with a subclass of `Intervention` and one entry in a catalogue.
 """
 
 from __future__ import annotations

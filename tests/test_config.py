@@ -101,7 +101,7 @@ IMPOSSIBLE = [
     ({"init": "lecum"}, "did you mean 'lecun'?"),
     ({"advantage_norm": "mini"}, "did you mean 'minibatch'?"),
     ({"timeout": "ignore"}, "available: bootstrap, terminal"),
-    ({"value_loss": "c15"}, "available: mse"),
+    ({"value_loss": "c15"}, "did you mean 'c51'"),
     ({"device": "gpu"}, "available: auto, cpu, cuda"),
     ({"seeds": "1,1"}, "seed 1 is named twice"),
     ({"seeds": "0:3,2"}, "seed 2 is named twice"),
