@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from perennial.plasticity.continual_backprop import ContinualBackprop as ContinualBackprop
     from perennial.plasticity.copies import BatchedLinear as BatchedLinear
     from perennial.plasticity.copies import Init as Init
+    from perennial.plasticity.hare_tortoise import HareTortoise as HareTortoise
+    from perennial.plasticity.infer import InFeR as InFeR
+    from perennial.plasticity.injection import PlasticityInjection as PlasticityInjection
+    from perennial.plasticity.l2_init import L2Init as L2Init
     from perennial.plasticity.norms import BatchedLayerNorm as BatchedLayerNorm
     from perennial.plasticity.norms import LayerNormalization as LayerNormalization
     from perennial.plasticity.optimizers import AdamEqualBetas as AdamEqualBetas
     from perennial.plasticity.paired import ConcatenatedReLU as ConcatenatedReLU
     from perennial.plasticity.paired import FourierFeatures as FourierFeatures
+    from perennial.plasticity.parseval import Parseval as Parseval
     from perennial.plasticity.probe import find_units as find_units
     from perennial.plasticity.projection import NormalizeAndProject as NormalizeAndProject
     from perennial.plasticity.projection import WeightNorm as WeightNorm
@@ -28,8 +33,16 @@ if TYPE_CHECKING:
     from perennial.plasticity.registry import parse_spec as parse_spec
     from perennial.plasticity.regrama import ReGraMa as ReGraMa
     from perennial.plasticity.regularize import L2 as L2
+    from perennial.plasticity.regularize import WeightDecay as WeightDecay
+    from perennial.plasticity.resets import HeadReset as HeadReset
+    from perennial.plasticity.resets import OptimizerReset as OptimizerReset
+    from perennial.plasticity.resets import Reset as Reset
+    from perennial.plasticity.scaling import PopArt as PopArt
+    from perennial.plasticity.scaling import ReturnScale as ReturnScale
+    from perennial.plasticity.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from perennial.plasticity.simba import SimBa as SimBa
     from perennial.plasticity.snr import SelfNormalizedResets as SelfNormalizedResets
+    from perennial.plasticity.spectral import Spectral as Spectral
     from perennial.plasticity.units import Site as Site
     from perennial.plasticity.units import Units as Units
 
@@ -43,18 +56,31 @@ _EXPORTS = {
     "ContinualBackprop": "continual_backprop",
     "FourierFeatures": "paired",
     "Handle": "base",
+    "HareTortoise": "hare_tortoise",
+    "HeadReset": "resets",
+    "InFeR": "infer",
     "Init": "copies",
     "Intervention": "base",
     "L2": "regularize",
+    "L2Init": "l2_init",
     "LayerNormalization": "norms",
     "NormalizeAndProject": "projection",
+    "OptimizerReset": "resets",
+    "Parseval": "parseval",
+    "PlasticityInjection": "injection",
+    "PopArt": "scaling",
     "ReDo": "redo",
     "ReGraMa": "regrama",
+    "Reset": "resets",
+    "ReturnScale": "scaling",
     "SelfNormalizedResets": "snr",
+    "ShrinkPerturb": "shrink_perturb",
     "SimBa": "simba",
     "Site": "units",
+    "Spectral": "spectral",
     "Stage": "base",
     "Units": "units",
+    "WeightDecay": "regularize",
     "WeightNorm": "projection",
     "attach": "base",
     "find_units": "probe",
@@ -62,7 +88,7 @@ _EXPORTS = {
     "parse_spec": "registry",
     "rewrite": "architecture",
 }
-_MODULES = ("metrics", "registry")
+_MODULES = ("metrics", "registry", "values")
 
 __all__ = [*_EXPORTS, *_MODULES]
 

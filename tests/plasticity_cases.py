@@ -207,6 +207,7 @@ class Run:
             with torch.random.fork_rng():
                 torch.manual_seed(seeds[0])
                 rewrite(self.net, specs, generators=generators if self.stacked else None)
+        self.call: Callable[[Tensor], Tensor] = self.net
         self.optimizer = optimizer(self.net.parameters(), lr=0.01)
         self.attach(specs if attached else [])
 
@@ -222,7 +223,7 @@ class Run:
         """Forward and backward of a batch `[S, B, 3]`."""
         x = x if self.stacked else x[0]
         self.optimizer.zero_grad(set_to_none=False)
-        (self.net(x).sin() - x[..., :2]).square().mean((-1, -2)).sum().backward()
+        (self.call(x).sin() - x[..., :2]).square().mean((-1, -2)).sum().backward()
 
     def move(self, active: Sequence[bool] | None = None) -> None:
         """What a loop does with the gradients."""

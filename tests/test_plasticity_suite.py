@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from perennial import plasticity
 from perennial.plasticity import BatchedAdam, attach, make, parse_spec
 from perennial.plasticity.registry import METHODS
 from tests.host_questions import no_host_questions
@@ -53,6 +54,8 @@ def test_every_method_of_the_registry_is_in_the_tables() -> None:
     assert set(NULL) == set(METHODS), "give each method its null setting in plasticity_cases.NULL"
     for name, specs in ACTING.items():
         assert {method_of(spec) for spec in specs} == {name}
+        kind = type(make(name))
+        assert getattr(plasticity, kind.__name__) is kind and kind.__name__ in plasticity.__all__
 
 
 @pytest.mark.parametrize("spec", [spec for spec in NULL.values() if spec])
@@ -206,6 +209,23 @@ def test_compiled_hooks_equal_eager_ones(spec: str) -> None:
 
 def test_a_whole_compiled_step_equals_an_eager_one() -> None:
     _compiled_equals_eager("cbp:rate=0.1,maturity=4", "aot_eager", shallow, whole=True)
+
+
+@pytest.mark.parametrize(
+    "spec", ["cbp:rate=0.1,maturity=4", "redo:threshold=0.7,every=5,batches=3"]
+)
+def test_a_compiled_forward_feeds_the_methods(spec: str) -> None:
+    """Attached before compiling, activations are recorded as in an eager forward."""
+    torch._dynamo.reset()
+    eager, compiled = Run([spec], (0, 1)), Run([spec], (0, 1))
+    compiled.call = torch.compile(compiled.net, fullgraph=True, backend="aot_eager")
+    data = batches((0, 1), 20)
+    eager.train(data)
+    compiled.train(data)
+    for a, b in zip(eager.weights(), compiled.weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for name, count in eager.handle.counts().items():
+        assert count.min() > 0 and torch.equal(count, compiled.handle.counts()[name])
 
 
 @pytest.mark.slow
