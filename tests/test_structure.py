@@ -135,3 +135,14 @@ def test_constraints_pin_every_dependency():
     for requirement in wanted:
         name = requirement.split(">")[0].split("[")[0].split("=")[0].lower().replace("_", "-")
         assert name in pinned, name
+
+
+def test_readme_lists_every_method_and_metric():
+    from perennial.plasticity.registry import METHODS, METRICS
+
+    readme = (ROOT / "README.md").read_text()
+    for name, entry in METHODS.items():
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+        assert entry.paper in row and all(f"{parameter}=" in row for parameter in entry.params)
+    for name in METRICS:
+        assert f"| `{name}` |" in readme, name
