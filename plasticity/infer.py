@@ -3,78 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
 from torch.optim import Optimizer
 
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.held import Held
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.units import WEIGHTED, Layer, Tap, Units
+from perennial.plasticity.trunk import Trunk, trunks
+from perennial.plasticity.units import Site, Tap, Units
 
 _HEADS = 1  # word of the stream of the heads
-_Backward = Callable[[Tensor], tuple[Tensor | None, ...]]
-
-
-@dataclass(eq=False)
-class _Trunk:
-    """What lies between a module's input and the input of an output layer, the features.
-
-    Attributes:
-        path: of the module in the model.
-        module: called with what `tap` recorded, returns the features; or `caught` has them, where
-            the output layer is inside it.
-        reader: the output layer.
-        parameters: name in the module -> parameter of this optimizer.
-        frozen: name in the module -> parameter or buffer at `attach`, as the module has it.
-    """
-
-    path: str
-    module: nn.Module
-    tap: Tap
-    reader: Layer
-    catches: bool
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    frozen: dict[str, Tensor] = field(default_factory=dict)
-    catching: bool = False
-    caught: Tensor | None = None
-
-    def differentiate(self, x: Tensor) -> tuple[Tensor, _Backward]:
-        """Features `[S, B, n]` (S = 1 for ordinary modules) with the weights as they are, and the
-        function from their gradient to that of each parameter."""
-        if torch.compiler.is_compiling():  # which knows no other way
-            features, backward, *_ = vjp(lambda p: self._call(p, x), dict(self.parameters))
-            return features, lambda gradient: tuple(backward(gradient)[0].values())
-        with torch.enable_grad():
-            features = self._call({}, x)
-        parameters = list(self.parameters.values())
-        return features.detach(), lambda gradient: torch.autograd.grad(
-            features, parameters, gradient, allow_unused=True
-        )
-
-    def first_features(self, x: Tensor) -> Tensor:
-        """The same features with the weights at `attach`."""
-        return self._call(self.frozen, x)
-
-    def _call(self, weights: dict[str, Any], x: Tensor) -> Tensor:
-        self.catching = self.catches
-        output: Any = functional_call(self.module, weights, (x,)) if weights else self.module(x)
-        if self.catches:
-            output, self.caught, self.catching = self.caught, None, False
-        batched = self.reader.batched
-        size = self.reader.weight.shape[2]
-        if not isinstance(output, Tensor) or output.shape[1 + batched] != size:
-            raise ValueError(
-                f"infer: what {self.path!r} returns is not what the output layer "
-                f"{self.reader.name!r} reads; it cannot act on this model"
-            )
-        return output.flatten(2) if batched else output.flatten(1).unsqueeze(0)
 
 
 class InFeR(Intervention):
@@ -124,31 +67,32 @@ class InFeR(Intervention):
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         owned = {p for group in optimizer.param_groups for p in group["params"]}
-        self._trunks = list(_trunks(units))
+        self._trunks = list(trunks(units))
         if not self._trunks:
             raise ValueError("infer finds no hidden layer before an output layer")
         self._places: dict[nn.Parameter, int] = {}
+        self._frozen: list[dict[str, Tensor]] = []
         for number, trunk in enumerate(self._trunks):
-            skipped = set(trunk.reader.module.parameters()) if trunk.catches else set()
-            for name, p in trunk.module.named_parameters():
-                if p in owned and p not in skipped:
-                    trunk.parameters[name] = p
-                    self._places.setdefault(p, len(self._places))
+            trunk.parameters = {name: p for name, p in trunk.parameters.items() if p in owned}
+            for p in trunk.parameters.values():
+                self._places.setdefault(p, len(self._places))
             self._freeze(number, trunk, units)
             self._draw(number, trunk, units)
         self._held = Held(self, list(self._places), units.batched)
         trained = torch.zeros(self.clock.copies, dtype=torch.int64, device=units.device)
         self.register_buffer("trained", trained)
 
-    def _freeze(self, number: int, trunk: _Trunk, units: Units) -> None:
+    def _freeze(self, number: int, trunk: Trunk, units: Units) -> None:
+        """Keep the trunk's weights and buffers as they are now."""
+        self._frozen.append({})
         tensors = dict(trunk.module.named_parameters()) | dict(trunk.module.named_buffers())
         for place, (name, tensor) in enumerate(tensors.items()):
             frozen = tensor.detach().clone()
             buffer = f"frozen_{number}_{place}"
             self.register_buffer(buffer, frozen if units.batched else frozen.unsqueeze(0))
-            trunk.frozen[name] = frozen  # shares the buffer's memory
+            self._frozen[number][name] = frozen  # shares the buffer's memory
 
-    def _draw(self, number: int, trunk: _Trunk, units: Units) -> None:
+    def _draw(self, number: int, trunk: Trunk, units: Units) -> None:
         size = trunk.reader.fan_in
         draw = self._stream(_HEADS, number + 1).uniform(self.heads * size)
         draw = ((2 * draw - 1) * math.sqrt(3 / size)).to(units.dtype)
@@ -189,7 +133,7 @@ class InFeR(Intervention):
         for number, gradient in enumerate(gradients):
             self._teach(number, gradient, due)
 
-    def _gradients(self, number: int, trunk: _Trunk) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def _gradients(self, number: int, trunk: Trunk) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Of the penalty by the heads, `[S, heads, n]`, and by the trunk's parameters."""
         x = trunk.tap.raw
         if x is None:
@@ -197,8 +141,11 @@ class InFeR(Intervention):
                 f"infer has seen no training forward of {trunk.path or 'the model'!r}: "
                 f"call the module itself, with gradients enabled"
             )
+        trunk.check()
         heads = self.get_buffer(f"heads_{number}")
-        target = trunk.first_features(x) @ self.get_buffer(f"first_heads_{number}").mT
+        target = (
+            trunk.features(x, self._frozen[number]) @ self.get_buffer(f"first_heads_{number}").mT
+        )
         features, backward = trunk.differentiate(x)
         error = features @ heads.mT - self.scale * target  # [S, B, heads]
         error.mul_(2 * self.strength / error.shape[1])
@@ -225,7 +172,9 @@ class InFeR(Intervention):
         """Forwards in evaluation mode that leave modes and recorded activations as they were."""
         modules = [module for trunk in self._trunks for module in trunk.module.modules()]
         modes = [module.training for module in modules]
-        readers = [*self.units, *(trunk.tap for trunk in self._trunks)]
+        taps = [trunk.tap for trunk in self._trunks]
+        reads = [trunk.read for trunk in self._trunks if trunk.read is not None]
+        readers: list[Site | Tap] = [*self.units, *taps, *reads]
         recorded = [reader.raw for reader in readers]
         for module in modules:
             module.training = False
@@ -236,65 +185,3 @@ class InFeR(Intervention):
                 module.training = mode
             for reader, raw in zip(readers, recorded, strict=True):
                 reader.raw = raw
-
-
-def _trunks(units: Units) -> Iterator[_Trunk]:
-    """The trunk before each output layer; heads that read the same units share one."""
-    producers = {site.producer for site in units}
-    seen = set()
-    for site in units:
-        ends = [c.layer for c in site.consumers if c.layer not in producers]
-        if not ends or ends[0] in seen:
-            continue
-        reader = ends[0]
-        seen.add(reader)
-        before, layers = set[Layer](), {reader}
-        while before != layers:  # everything that leads to the reader
-            before = set(layers)
-            layers |= {s.producer for s in units if any(c.layer in before for c in s.consumers)}
-        path = _common([layer.name for layer in layers - {reader}])
-        module = units.model.get_submodule(path)
-        children = list(module.children())
-        whole = isinstance(module, nn.Sequential)
-        # A sequence's input is that of its first layer, which written-out passes record too.
-        starts = whole and children and isinstance(children[0], WEIGHTED)
-        tap = units.watch(children[0] if starts else module)
-        inside = any(m is reader.module for m in module.modules())
-        if whole and any(child is reader.module for child in children):
-            place = next(k for k, child in enumerate(children) if child is reader.module)
-            module, inside = nn.Sequential(*children[:place]), False
-        trunk = _Trunk(path, module, tap, reader, inside)
-        if inside:
-            reader.module.register_forward_pre_hook(_Catch(trunk))
-        yield trunk
-
-
-def _common(names: list[str]) -> str:
-    """The innermost module that contains all of these layers."""
-    paths = [name.split(".")[:-1] for name in names]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
-
-
-class _Catch:
-    """Keeps the input of an output layer, with its place in autograd, while a trunk is called.
-
-    Copies of a model (target networks) keep the hook; it ignores their layers.
-    """
-
-    def __init__(self, trunk: _Trunk | None = None) -> None:
-        self.trunk = trunk
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.trunk is not None and self.trunk.catching:
-            self.trunk.caught = inputs[0]
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Catch:
-        return _Catch()
-
-    def __reduce__(self) -> tuple[type[_Catch], tuple[()]]:
-        return _Catch, ()

@@ -108,14 +108,11 @@ class L2Init(Intervention):
         weights: list[Tensor] = [p for p, _, _, _ in chosen]
         grads = [grad for _, grad, _, _ in chosen]
         origins = [origin for _, _, origin, _ in chosen]
+        pulls = self._pulls(weights, origins)
         if self.decoupled:
-            places = [place for _, _, _, place in chosen]
-            self._move(weights, self._pulls(weights, origins), places)
-        elif self.distance in ("l2", "wasserstein") and not self.average:
-            torch._foreach_add_(grads, weights, alpha=self.strength)
-            torch._foreach_add_(grads, origins, alpha=-self.strength)
+            self._move(weights, pulls, [place for _, _, _, place in chosen])
         else:
-            torch._foreach_add_(grads, self._pulls(weights, origins), alpha=self.strength)
+            torch._foreach_add_(grads, pulls, alpha=self.strength)
 
     def _move(self, weights: list[Tensor], pulls: list[Tensor], places: list[int]) -> None:
         """Move weights against the pulls by their group's learning rate."""
@@ -133,7 +130,7 @@ class L2Init(Intervention):
 
     def _pulls(self, weights: list[Tensor], origins: list[Tensor]) -> list[Tensor]:
         """What the strength multiplies: the distance's gradient."""
-        pulls = [weight - origin for weight, origin in zip(weights, origins, strict=True)]
+        pulls = list(torch._foreach_sub(weights, origins))
         if self.distance == "l1":
             torch._foreach_sign_(pulls)
         elif self.distance == "norm":
