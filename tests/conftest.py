@@ -1,6 +1,11 @@
 """`--slow` runs the tests marked slow; tests marked gpu skip without a CUDA device."""
 
+import os
+
 import pytest
+
+# Before torch is imported: tests run side by side, and small products are slower on two threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
