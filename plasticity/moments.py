@@ -309,7 +309,7 @@ class Moments:
             return both
         if torch.compiler.is_compiling():
             return choose(row, column)
-        if like.ndim > 2 and row.shape[-1] == column.shape[-1] == 1:  # one factor for a whole kernel
+        if like.ndim > 2 and row.shape[-1] == column.shape[-1] == 1:  # one for a whole kernel
             like = like.flatten(2)[..., :1].view(*like.shape[:2], *row.shape[2:])
         return choose(row, column, out=self._scratch.of("factor", like))
 

@@ -1,12 +1,16 @@
 """Plasticity methods and metrics in stock Stable-Baselines3 models: PPO, A2C, SAC and DQN.
 
-model = PPO("MlpPolicy", "Pendulum-v1")
-model.learn(1_000_000, callback=PlasticityCallback(["cbp:rate=1e-4", "layer-norm"]))
+    model = PPO("MlpPolicy", "Pendulum-v1")
+    model.learn(1_000_000, callback=PlasticityCallback(["cbp:rate=1e-4", "layer-norm"]))
+
+What it is made of: the networks (sb3_networks.py), methods at work on them (sb3_live.py), and
+policies whose networks are changed (sb3_policies.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -45,8 +49,9 @@ class PlasticityCallback(BaseCallback):
             Those that change the network are given as specs.
         metrics_every: env steps between measurements, made after the next optimizer step on up to
             512 stored observations and logged under `plasticity/<net>/<metric>`; 0 for none. Nets:
-            policy, value (features when shared) of PPO; actor, qf0, qf1 (critic: their features) of
-            SAC; q_net of DQN. Gradient norms are those that the optimizer sees: SB3 clips before.
+            policy and value of PPO, actor, qf0 and qf1 of SAC, q_net of DQN, and features where
+            several of them read the same. Gradient norms are those that the optimizer sees: SB3
+            clips before.
         seed: of the methods' random streams; default the model's seed, else 0.
 
     Raises:
@@ -85,7 +90,7 @@ class PlasticityCallback(BaseCallback):
                 self._methods.append(method)
         check_together([registry.parse_spec(spec)[0] for spec in self._rewrites])
         self._live: Live | None = None
-        self._changed = False
+        self._told = False  # of a change, while nothing is at work
 
     @property
     def handles(self) -> dict[str, Handle]:
@@ -94,7 +99,10 @@ class PlasticityCallback(BaseCallback):
 
     def on_change(self) -> None:
         """Tell the methods that the task changed, at the next rollout's start."""
-        self._changed = True
+        if self._live is None:
+            self._told = True
+        else:
+            self._live.changed = True
 
     # ---- what SB3 calls ------------------------------------------------------------------------
 
@@ -110,19 +118,21 @@ class PlasticityCallback(BaseCallback):
         seed = self.model.seed if self.seed is None else self.seed
         measures = self.metrics_every > 0
         self._live = Live(self.model, self._methods, seed or 0, self._log, before, measures)
+        self._live.changed |= self._told
+        self._told = False
         self.model.plasticity = self._live  # type: ignore[attr-defined]
 
     def _on_rollout_start(self) -> None:
-        if self._changed and self._live is not None:
-            self._changed = False
+        if self._live is not None and self._live.changed:
+            self._live.changed = False
             for part in self._live.parts:
                 part.handle.on_change()
 
     def _on_step(self) -> bool:
         tasks = [info["task"] for info in self.locals.get("infos", ()) if "task" in info]
-        if tasks and self._live is not None:
+        if tasks and self._live is not None and all(isinstance(t, Integral) for t in tasks):
             task = max(map(int, tasks))
-            self._changed |= self._live.task is not None and task != self._live.task
+            self._live.changed |= self._live.task is not None and task != self._live.task
             self._live.task = task
         return True
 

@@ -22,7 +22,8 @@ from perennial.plasticity.sb3_networks import (
 
 Log = Callable[[Mapping[str, float]], None]
 # {"methods": {network: names}, "state": {network: {name: tensor}}, "references": the same of the
-# metrics, "measured": env steps at the latest measurement or None, "task": int or None}
+# metrics, "measured": env steps at the latest measurement or None, "task": int or None,
+# "changed": whether the methods are still to be told of a change}
 Snapshot = dict[str, Any]
 
 
@@ -45,7 +46,7 @@ class Part:
         self._hooks: list[Any] = []
         try:
             self.handle = network.attach([copy.deepcopy(m) for m in methods], self.units, seed)
-        except ValueError:
+        except Exception:
             self.close()
             raise
         self._hooks = [
@@ -83,6 +84,7 @@ class Part:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.units.close()
         self._recorder.close()
 
 
@@ -110,6 +112,7 @@ class Live:
         self.measures = measures
         self.parts: list[Part] = []
         self.task: int | None = None
+        self.changed = False  # the methods are to be told
         self.measured: int | None = None  # env steps at the latest measurement
         networks = networks_of(model.policy)
         shares = [[m for m in methods if network.concerns(m)] for network in networks]
@@ -126,7 +129,7 @@ class Live:
                 self.parts.append(Part(model, network, share, seed, log))
             if before:
                 self._restore(before)
-        except ValueError:
+        except Exception:
             self.close()
             raise
         with torch.no_grad():  # a method may put weights in order when attached: not a second time
@@ -153,10 +156,12 @@ class Live:
             "references": {net: _on_cpu(own.state_dict()) for net, own in references.items()},
             "measured": self.measured,
             "task": self.task,
+            "changed": self.changed,
         }
 
     def _restore(self, before: Snapshot) -> None:
-        self.task, self.measured = before["task"], before["measured"]
+        self.measured, self.task = before["measured"], before["task"]
+        self.changed = before["changed"]
         for part in self.parts:
             name = part.network.name
             if name in before["references"]:

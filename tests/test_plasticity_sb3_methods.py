@@ -39,8 +39,9 @@ EVENTS = {
     "injection": "injection:every=5,times=2",
     "hare-tortoise": "hare-tortoise:every=5,momentum=0.9",
 }
+ACTS = {"simba": "simba:version=2"}  # version 1 only changes the network
 NEVER = {name: f"{name}:every=0" for name in EVENTS}
-SPECS = {name: EVENTS.get(name) or ACTING.get(name, [name])[0] for name in METHODS}
+SPECS = {name: (EVENTS | ACTS).get(name) or ACTING.get(name, [name])[0] for name in METHODS}
 RECYCLING = ("cbp", "redo", "snr", "regrama")
 every_method = pytest.mark.parametrize("name", METHODS)
 every_kind = pytest.mark.parametrize("kind", KINDS)

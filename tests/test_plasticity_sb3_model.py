@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from perennial.plasticity import ContinualBackprop, make, metrics
+from perennial.plasticity import ContinualBackprop, Units, make, metrics
 from perennial.plasticity.sb3 import PlasticityCallback
 from perennial.plasticity.sb3_networks import networks_of
 from tests.sb3_models import (
@@ -109,22 +109,28 @@ def test_metrics_in_sb3_s_logger(kind: str, tmp_path: Path, capsys: pytest.Captu
 
 @every_kind
 def test_a_change_of_task_is_told_between_rollouts(kind: str):
+    """At the next rollout's start, also where that is after save and load."""
     name = "Pendulum-v1" if kind == "sac" else "CartPole-v1"
-    model = build(kind, env=Tasks(gym.make(name)))
+    model = build(kind, env=Tasks(gym.make(name)))  # changes at 20, 40, 60 ... steps
     told: list[int] = []
 
     class Told(ContinualBackprop):
         def on_change(self) -> None:
             told.append(model.num_timesteps)
 
-    callback = PlasticityCallback([Told(rate=0), "shrink-perturb:every=0,change=true"])
-    learn(model, callback)
+    methods = [Told(rate=0), "shrink-perturb:every=0,change=true"]
+    learn(model, PlasticityCallback(methods))
+    # The last rollout of PPO has no successor that could tell of its changes.
+    assert told == {"ppo": [32], "sac": [20, 20], "dqn": [20]}[kind]
     counts = [int(s["shrink-perturb.events"]) for s in model.plasticity["state"].values()]
-    when = {"ppo": [32, 64], "sac": [20, 20], "dqn": [20]}[kind]
-    # The rollout that ends learn() has no successor that could tell of its change.
-    assert told == (when[:1] if kind == "ppo" else when)
     assert all(count == 1 for count in counts)
-    assert model.plasticity["task"] == (3 if kind == "ppo" else 1)
+    told.clear()
+    model = reload(model)
+    learn(model, PlasticityCallback(methods), again=True)
+    assert told == {"ppo": [64, 96], "sac": [40, 40, 60, 60], "dqn": [40, 60]}[kind]
+    counts = [int(s["shrink-perturb.events"]) for s in model.plasticity["state"].values()]
+    assert all(count == 3 for count in counts)
+    assert model.plasticity["task"] == (6 if kind == "ppo" else 3)
 
 
 # ---- rebuilding ----------------------------------------------------------------------------------
@@ -215,6 +221,20 @@ def _tensors(value):
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _tensors(part)
+
+
+@every_kind
+def test_weights_that_a_method_sets_when_attached_are_set_once(kind: str):
+    class Halves(ContinualBackprop):
+        def bind(self, units: Units, optimizer: torch.optim.Optimizer) -> None:
+            super().bind(units, optimizer)
+            for site in units:
+                site.producer.weight.mul_(0.5)
+
+    straight = learn(build(kind), PlasticityCallback(Halves(rate=0)), 2)
+    loaded = reload(learn(build(kind), PlasticityCallback(Halves(rate=0))))
+    learn(loaded, PlasticityCallback(Halves(rate=0)), again=True)
+    assert differences(everything(loaded), everything(straight)) == []
 
 
 def test_learning_on_after_an_exception():
