@@ -208,7 +208,7 @@ def test_compiled_hooks_equal_eager_ones(spec: str) -> None:
 
 
 def test_a_whole_compiled_step_equals_an_eager_one() -> None:
-    _compiled_equals_eager("cbp:rate=0.1,maturity=4", "aot_eager", shallow, whole=True)
+    _compiled_equals_eager("l2-init:strength=0.01", "aot_eager", shallow, whole=True)
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 @once_per_method
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("network", [plain, convolutional])
+@pytest.mark.parametrize(
+    "kind, network",
+    [*((kind, plain) for kind in OPTIMIZERS), ("adam", convolutional), ("rmsprop", convolutional)],
+)
 def test_methods_work_by_hooks_of_every_optimizer(
     spec: str, kind: str, network: Callable[..., nn.Module]
 ) -> None:
