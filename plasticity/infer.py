@@ -71,7 +71,6 @@ class InFeR(Intervention):
         if not self._trunks:
             raise ValueError("infer finds no hidden layer before an output layer")
         self._places: dict[nn.Parameter, int] = {}
-        self._frozen: list[dict[str, Tensor]] = []
         for number, trunk in enumerate(self._trunks):
             trunk.parameters = {name: p for name, p in trunk.parameters.items() if p in owned}
             for p in trunk.parameters.values():
@@ -84,13 +83,12 @@ class InFeR(Intervention):
 
     def _freeze(self, number: int, trunk: Trunk, units: Units) -> None:
         """Keep the trunk's weights and buffers as they are now."""
-        self._frozen.append({})
         tensors = dict(trunk.module.named_parameters()) | dict(trunk.module.named_buffers())
         for place, (name, tensor) in enumerate(tensors.items()):
             frozen = tensor.detach().clone()
             buffer = f"frozen_{number}_{place}"
             self.register_buffer(buffer, frozen if units.batched else frozen.unsqueeze(0))
-            self._frozen[number][name] = frozen  # shares the buffer's memory
+            trunk.frozen[name] = frozen  # shares the buffer's memory
 
     def _draw(self, number: int, trunk: Trunk, units: Units) -> None:
         size = trunk.reader.fan_in
@@ -143,9 +141,7 @@ class InFeR(Intervention):
             )
         trunk.check()
         heads = self.get_buffer(f"heads_{number}")
-        target = (
-            trunk.features(x, self._frozen[number]) @ self.get_buffer(f"first_heads_{number}").mT
-        )
+        target = trunk.features(x, trunk.frozen) @ self.get_buffer(f"first_heads_{number}").mT
         features, backward = trunk.differentiate(x)
         error = features @ heads.mT - self.scale * target  # [S, B, heads]
         error.mul_(2 * self.strength / error.shape[1])

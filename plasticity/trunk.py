@@ -26,6 +26,7 @@ class Trunk:
         inside: whether the reader lies inside the module: what it is given is caught. Otherwise
             the features are what the module returns.
         parameters: name in the module -> parameter, of those that lead to the features.
+        frozen: name in the module -> parameter or buffer as it was at `attach`.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Trunk:
     reader: Layer
     inside: bool
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
     read: Tap | None = None
     returned: tuple[int, int] | None = (
         None  # where the module's latest output lies, and its version
