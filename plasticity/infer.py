@@ -168,9 +168,7 @@ class InFeR(Intervention):
         """Forwards in evaluation mode that leave modes and recorded activations as they were."""
         modules = [module for trunk in self._trunks for module in trunk.module.modules()]
         modes = [module.training for module in modules]
-        taps = [trunk.tap for trunk in self._trunks]
-        reads = [trunk.read for trunk in self._trunks if trunk.read is not None]
-        readers: list[Site | Tap] = [*self.units, *taps, *reads]
+        readers: list[Site | Tap] = [*self.units, *(trunk.tap for trunk in self._trunks)]
         recorded = [reader.raw for reader in readers]
         for module in modules:
             module.training = False

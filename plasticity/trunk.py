@@ -78,9 +78,7 @@ class Trunk:
 
     def check(self) -> None:
         """One line unless the reader was given exactly what the module returned."""
-        if self.read is None or self.read.raw is None or torch.compiler.is_compiling():
-            return
-        if self.returned != (self.read.raw.data_ptr(), self.read.raw._version):
+        if not self.fits:
             raise self._unfit()
 
     def _unfit(self) -> ValueError:
@@ -131,8 +129,8 @@ def _trunk(units: Units, path: str, module: nn.Module, reader: Layer) -> Trunk:
     if inside:
         reader.module.register_forward_pre_hook(_Catch(trunk))
     else:
-        trunk.read = units.watch(reader.module)
-        module.register_forward_hook(_Witness(trunk))
+        module.register_forward_hook(_Return(trunk))
+        reader.module.register_forward_pre_hook(_Compare(trunk))
     return _known(trunk)
 
 
@@ -188,12 +186,21 @@ class _Catch(_Hook):
                 raise _CaughtError
 
 
-class _Witness(_Hook):
+class _Return(_Hook):
     """Notes where the output of a training forward lies."""
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        compiling = torch.compiler.is_compiling()
-        if self.trunk is None or compiling or not torch.is_grad_enabled():
-            return
-        if isinstance(output, Tensor):
-            self.trunk.returned = output.data_ptr(), output._version
+        if self.trunk is not None and _watching() and isinstance(output, Tensor):
+            self.trunk._returned = output.data_ptr(), output._version
+
+
+class _Compare(_Hook):
+    """Compares it with what the output layer is given."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.trunk is not None and _watching():
+            self.trunk.fits = self.trunk._returned == (inputs[0].data_ptr(), inputs[0]._version)
+
+
+def _watching() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
