@@ -36,10 +36,8 @@ class Trunk:
     inside: bool
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    read: Tap | None = None
-    returned: tuple[int, int] | None = (
-        None  # where the module's latest output lies, and its version
-    )
+    fits: bool = True  # the reader was given what the module had returned, in the latest forward
+    _returned: tuple[int, int] | None = None
     _catching: bool = False
     _caught: Any = None
 
