@@ -98,6 +98,7 @@ NULL: dict[str, str | None] = {
     "hare-tortoise": "hare-tortoise:every=0",
 }
 NEEDS_ADAM = ("adam-equal-betas",)
+RECYCLING = ("cbp", "redo", "snr", "regrama")
 
 
 def acting(names: Sequence[str] = tuple(METHODS)) -> list[str]:
