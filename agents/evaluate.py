@@ -50,6 +50,10 @@ class Policy:
         self.task: int = envs.task_of(0)[0]  # type: ignore[attr-defined]
         envs.close()
 
+    def asked(self, actions: np.ndarray) -> np.ndarray:
+        """Actions of `act` as a vector environment takes them."""
+        return self._agent.asked(actions)
+
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions [..., A] for raw observations [..., D], normalised as in training."""
         return self._agent.act(observation)
@@ -90,10 +94,7 @@ def evaluate(run: Run, episodes: int = 10, task: int | None = None) -> list[Eval
         lengths: list[int] = []
         total, length = 0.0, 0
         while len(returns) < episodes:
-            actions = policy.act(observations)
-            if config.clips_actions:
-                space = envs.single_action_space
-                actions = np.clip(actions, space.low, space.high)  # type: ignore[attr-defined]
+            actions = policy.asked(policy.act(observations))
             observations, rewards, terminated, truncated, _ = envs.step(actions)
             total, length = total + float(rewards[0]), length + 1
             if terminated[0] or truncated[0]:

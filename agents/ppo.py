@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.agents.actor_critic import ActorCritic, sizes
+from perennial.agents.actor_critic import ActorCritic, check_actions, observation_size
 from perennial.agents.aside import Aside
 from perennial.agents.config import PPOConfig
 from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
@@ -56,10 +56,10 @@ class PPO:
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.seeds, self.device = config, seeds, torch.device(device)
-        n_obs, n_act = sizes(config, observation_space, action_space)
-        self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
+        n_obs = observation_size(config, observation_space)
+        check_actions(config, action_space, discrete=True)
         self.codec = values.make(config.value_loss)
-        self.net = ActorCritic(config, n_obs, n_act, self.codec.outputs, seeds).to(
+        self.net = ActorCritic(config, n_obs, action_space, self.codec.outputs, seeds).to(
             self.device, dtype
         )
         self.optimizer = BatchedAdam(
@@ -99,8 +99,8 @@ class PPO:
         self.updates = np.zeros(len(seeds), np.int64)  # minibatch steps
         lead = (len(seeds), config.n_steps, config.num_envs)
         self.observations = torch.zeros(*lead, n_obs, dtype=dtype)
-        self.actions = torch.zeros(*lead, n_act, dtype=dtype)
-        self.outputs = torch.zeros(*lead, n_act, dtype=dtype)
+        self.actions = torch.zeros(*lead, self.net.distribution.size, dtype=dtype)
+        self.outputs = torch.zeros(*lead, self.net.distribution.n_out, dtype=dtype)
         self.rewards = np.zeros((config.n_steps, len(seeds) * config.num_envs))
         self.ends = np.zeros(self.rewards.shape, np.bool_)
         # Normalised observations that act next.
@@ -141,9 +141,9 @@ class PPO:
 
     def collect(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
         """Play one rollout of n_steps per lane into the buffers; its episodes go to `episodes`."""
-        config, shape, clip = self.config, self.latest.shape, self.config.clips_actions
+        config, shape, distribution = self.config, self.latest.shape, self.net.distribution
         steps, lanes = config.n_steps, shape[0] * shape[1]
-        noise = self.net.distribution.noise(self.action_noise, steps, config.num_envs)
+        noise = distribution.noise(self.action_noise, steps, config.num_envs)
         seen, outputs, acted = (x.numpy() for x in (self.observations, self.outputs, self.actions))
         raw, rewards = np.zeros((steps, lanes)), np.zeros((steps, lanes))
         ends = np.zeros((steps, lanes), np.bool_)
@@ -152,10 +152,8 @@ class PPO:
         for t in range(steps):
             seen[:, t] = latest
             outputs[:, t] = output = self._policy(latest)
-            acted[:, t] = actions = output + noise[:, t]
-            asked = actions.reshape(lanes, -1)
-            if clip:
-                asked = np.clip(asked, self.low, self.high)
+            acted[:, t] = actions = distribution.choose(output, noise[:, t])
+            asked = distribution.asked(actions)
             obs, raw[t], terminated, truncated, infos = envs.step(asked)
             if "_final_obs" in infos:  # only where an episode ended
                 ends[t] = infos["_final_obs"]
@@ -194,8 +192,13 @@ class PPO:
         rows = self.normalizer.normalize(np.asarray(observation), 0).astype(self.latest.dtype)
         flat = torch.from_numpy(rows.reshape(-1, rows.shape[-1])).to(self.device)
         with torch.no_grad():
-            means = self.net.policy(flat[None].expand(len(self.seeds), -1, -1))[0]
-        return means.cpu().numpy().reshape(*rows.shape[:-1], -1)
+            outputs = self.net.policy(flat[None].expand(len(self.seeds), -1, -1))[0]
+        actions = self.net.distribution.mode(outputs.cpu().numpy())
+        return actions.reshape(*rows.shape[:-1], -1)
+
+    def asked(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as a vector environment takes them."""
+        return self.net.distribution.asked(actions)
 
     # ---- learning
     # ----------------------------------------------------------------------------------------
@@ -312,11 +315,10 @@ class PPO:
     def _losses(self, tally: Tally, batch: Batch, rate: float) -> dict[str, np.ndarray]:
         """The update in numbers [S], under SB3's names."""
         config, copies = self.config, len(self.seeds)
-        std = self.net.distribution.log_std.detach().exp().mean(-1)
         return {
             **tally.losses(config.clip_range, config.ent_coef, config.vf_coef),
             "explained_variance": explained_variance(batch.values, batch.returns),
-            "std": std.cpu().double().numpy(),
+            **self.net.distribution.logged(),
             "learning_rate": np.full(copies, rate),
             "clip_range": np.full(copies, config.clip_range),
             "n_updates": self.updates.copy(),
@@ -332,7 +334,7 @@ class PPO:
             for key in measured:
                 if key.endswith("gradient_norm"):
                     measured[key] = measured[key] / self.clip_scale[:, 0]
-        entropy = metrics.gaussian_entropy(self.net.distribution.log_std.detach())
+        entropy = self.net.distribution.entropy(self.outputs.flatten(1, 2).to(self.device))
         return measured | {"policy/policy_entropy": entropy.cpu().double()}
 
     def on_change(self, changed: list[bool]) -> None:

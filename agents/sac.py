@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.actor_critic import sizes
+from perennial.agents.actor_critic import check_actions, observation_size
 from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
 from perennial.agents.critics import TWINS, TwinCritics, load_weights, weights_of
@@ -54,7 +54,9 @@ class SAC:
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.seeds = config, seeds
-        n_obs, n_act = sizes(config, observation_space, action_space)
+        n_obs = observation_size(config, observation_space)
+        check_actions(config, action_space, discrete=False)
+        n_act = int(np.prod(action_space.shape))  # type: ignore[arg-type]
         self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
         generators = [torch_generator(s, "init") for s in seeds]
         init, widths = (
@@ -204,6 +206,10 @@ class SAC:
         squashed = np.tanh(output[:, : self.squash.size].cpu().numpy())
         actions = self.low + 0.5 * (squashed + 1.0) * (self.high - self.low)
         return actions.reshape(*rows.shape[:-1], -1)
+
+    def asked(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as a vector environment takes them."""
+        return actions.reshape(-1, self.squash.size)
 
     # ---- learning ------------------------------------------------------------------------------
 

@@ -9,6 +9,24 @@ from perennial.agents.config import build_config
 from perennial.agents.evaluate import evaluate
 
 
+def test_ppo_learns_with_discrete_actions(tmp_path):
+    """CartPole (1 a step, at most 500), actions by number, values by HL-Gauss."""
+    config = build_config(
+        "ppo",
+        given={"env": "CartPole-v1", "steps": 24_576, "n_steps": 1024, "batch_size": 64,
+               "learning_rate": 1e-3, "net_arch": (32, 32), "run_dir": str(tmp_path / "run"),
+               "value_loss": "hl-gauss:low=0,high=110"},
+    )  # fmt: skip
+    out = io.StringIO()
+    trained, status = run.train(config, out)
+    assert status == 0, out.getvalue()
+    rows = np.loadtxt(trained.path / "seed-0" / "episodes.csv", delimiter=",", skiprows=1)
+    assert rows[:20, 2].mean() < 60 < 150 < rows[-20:, 2].mean()
+    (result,) = evaluate(trained, episodes=3)
+    assert np.mean(result.returns) > 200
+    assert load(trained).act(np.zeros(4)) in (0, 1)
+
+
 def test_ppo_learns_to_balance_a_pole(tmp_path):
     """InvertedPendulum (continuous force, 1 a step, at most 1000): from about 10 to hundreds."""
     config = build_config(

@@ -1,9 +1,11 @@
 """The written-out passes and gradients against autograd, loop against batch."""
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
-from perennial.agents.distributions import Gaussian, surrogate_losses, value_gradient
+from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
 from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
 from perennial.agents.streams import Streams, torch_generator
 from perennial.plasticity.copies import Init
@@ -68,7 +70,7 @@ def test_other_networks_use_autograd():
 @pytest.mark.parametrize("ent_coef", [0.0, 0.03])
 def test_gaussian_gradients_equal_autograd(ent_coef):
     torch.manual_seed(0)
-    head = Gaussian(2, 3, -0.3).double()
+    head = Gaussian(2, gym.spaces.Box(-1, 1, (3,)), -0.3, clip=False).double()
     mean = torch.randn(2, 40, 3).double().requires_grad_()
     actions, advantages = torch.randn(2, 40, 3).double(), torch.randn(2, 40).double()
     normal = torch.distributions.Normal(mean, head.log_std.exp()[:, None])
@@ -113,3 +115,31 @@ def test_streams_do_not_depend_on_company():
     assert (other.uniform(4)[0] == expected).all()
     a, b = network([7]), network([3, 7])
     assert all(torch.equal(p[0], q[1]) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.03])
+def test_categorical_gradients_equal_autograd(ent_coef):
+    torch.manual_seed(0)
+    head = Categorical(gym.spaces.Discrete(4))
+    logits = torch.randn(2, 40, 4).double().requires_grad_()
+    actions, advantages = torch.randint(4, (2, 40, 1)), torch.randn(2, 40).double()
+    softmax = torch.distributions.Categorical(logits=logits)
+    log_prob = softmax.log_prob(actions[..., 0])
+    old = log_prob.detach() + 0.3 * torch.randn(2, 40).double()
+    ratio = (log_prob - old).exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean(-1)
+    entropy = softmax.entropy().mean(-1)
+    (expected,) = torch.autograd.grad((loss - ent_coef * entropy).sum(), logits)
+    step = head.surrogate(logits.detach(), actions, old, advantages, 0.2, ent_coef)
+    assert torch.allclose(step.d_output, expected, atol=1e-14)
+    assert torch.allclose(step.entropy, entropy) and torch.allclose(head.entropy(logits), entropy)
+    assert torch.allclose(head.log_prob(logits, actions), log_prob)
+
+
+def test_categorical_draws_follow_the_softmax():
+    head = Categorical(gym.spaces.Discrete(3, start=5))
+    logits = np.log(np.array([0.2, 0.5, 0.3]))
+    actions = head.choose(logits, head.noise(Streams([0], "action"), 20_000, 1))
+    shares = np.bincount(actions.ravel(), minlength=3) / 20_000
+    assert np.abs(shares - [0.2, 0.5, 0.3]).max() < 0.015
+    assert head.asked(actions[0, :2]).tolist() == (actions[0, :2].ravel() + 5).tolist()

@@ -22,6 +22,7 @@ OPTIONS = {
         "max_grad_norm": 0.1,
     },
     "kl stop": {"target_kl": 0.003, "learning_rate": 1e-3},
+    "discrete actions": {"env": "CartPole-v1", "ent_coef": 0.01},
     "linear rate, tanh": {"lr_schedule": "linear", "activation": "tanh", "clip_range": 0.05},
 }
 NAMES = {
@@ -59,7 +60,7 @@ def pair(options: dict, dtype: torch.dtype):
     rate = config.learning_rate
     theirs = stable_baselines3.PPO(
         "MlpPolicy",
-        stable_baselines3.common.env_util.make_vec_env("Pendulum-v1", ENVS, seed=0),
+        stable_baselines3.common.env_util.make_vec_env(config.env, ENVS, seed=0),
         learning_rate=(lambda left: rate * left) if config.lr_schedule == "linear" else rate,
         n_steps=STEPS,
         batch_size=BATCH,
@@ -130,8 +131,8 @@ def compare(theirs, ours, losses, logged, tolerance: float) -> None:
         "approx_kl",
         "clip_fraction",
         "loss",
-        "std",
         "learning_rate",
+        *(["std"] if "std" in losses else []),
     ):
         assert losses[key][0] == pytest.approx(logged[f"train/{key}"], abs=max(tolerance, 1e-12)), (
             key
@@ -159,7 +160,6 @@ def test_update_equals_sb3_in_float64(options, double_sb3):
     """Ten epochs, weights and losses to 1e-10."""
     theirs, ours = pair(options, torch.float64)
     compare(theirs, ours, *update_both(theirs, ours, torch.float64), tolerance=1e-10)
-    assert isinstance(theirs.env.action_space, gym.spaces.Box)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
