@@ -137,7 +137,8 @@ def _evaluate(words: list[str]) -> int:
     path = _needed("evaluate", given["dir"])
     from perennial.agents import run
 
-    run.Run.open(path)  # a folder that is no run is refused before torch is imported
+    # What is no run, or has no such task, is refused before torch is imported.
+    run.Run.open(path).check_task(given["task"])
     from perennial.agents import evaluate
 
     return evaluate.main(path, given["episodes"], given["task"], sys.stdout)

@@ -81,8 +81,7 @@ def evaluate(run: Run, episodes: int = 10, task: int | None = None) -> list[Eval
 
     config, results = run.config, []
     changes = config.env in ENVS
-    if task is not None and not changes:
-        raise UsageError(f"{config.env} has no tasks: leave --task out")
+    run.check_task(task)
     for seed in config.seeds:
         policy = Policy(run, seed)
         played = policy.task if task is None else task

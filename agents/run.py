@@ -48,6 +48,13 @@ class Run:
         """Folder of each seed."""
         return {seed: self.path / f"seed-{seed}" for seed in self.config.seeds}
 
+    def check_task(self, task: int | None) -> None:
+        """UsageError where `task` is given and the environment has none."""
+        from perennial.envs.specs import ENVS
+
+        if task is not None and self.config.env not in ENVS:
+            raise UsageError(f"{self.config.env} has no tasks: leave --task out")
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
         """Read a run's config.json; UsageError when `path` is no run."""
