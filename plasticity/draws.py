@@ -105,6 +105,8 @@ class Stream:
     def uniform(self, count: int) -> Tensor:
         """Uniform float64 numbers in [0, 1), `[S, count]`."""
         words = torch.arange(1, count + 1, device=self.keys.device)
+        if torch.compiler.is_compiling():
+            words = words ^ 0  # inductor would multiply a range of indices without wrapping around
         return to_uniform(fold(self.keys.unsqueeze(-1), words))
 
     def normal(self, count: int) -> Tensor:
