@@ -71,6 +71,7 @@ TRAINING = (
             "strength": Param(1e-3, "of (sigma^exponent - 1)^2 per layer", 0.0),
             "exponent": Param(2.0, "of the singular value", 1.0),
             "biases": Param(True, "also |bias|^(2 exponent), and norms' gains to 1"),
+            "every": Param(4, "optimizer steps between gradients (held between); 1: exact", 1),
         },
     ),
     Entry(
@@ -84,7 +85,7 @@ TRAINING = (
             "scale": Param(0.0, "squared row norm aimed at; 0: as in the initial weights", 0.0),
             "groups": Param(1, "rows are orthogonal within this many groups of rows", 1),
             "normalize": Param(False, "constrain angles only: rows divided by their norm"),
-            "every": Param(16, "optimizer steps between gradients (held between); 1: exact", 1),
+            "every": Param(32, "optimizer steps between gradients (held between); 1: exact", 1),
         },
     ),
     Entry(
@@ -97,7 +98,7 @@ TRAINING = (
             "strength": Param(5e-3, "of the squared error, summed over heads", 0.0),
             "heads": Param(10, "linear heads on the last hidden layer", 1),
             "scale": Param(100.0, "the initial heads' outputs are multiplied by this"),
-            "every": Param(32, "optimizer steps between gradients (held between); 1: exact", 1),
+            "every": Param(64, "optimizer steps between gradients (held between); 1: exact", 1),
         },
     ),
     Entry(

@@ -34,7 +34,7 @@ def spectral_penalty(bench: Bench, k: float, biases: bool = True) -> Tensor:
 def test_spectral_is_autograds_gradient_once_the_power_method_has_converged(
     kind: str, options: str
 ) -> None:
-    bench = Bench(kind, f"spectral:strength=0.3,{options}".rstrip(","))
+    bench = Bench(kind, f"spectral:strength=0.3,every=1,{options}".rstrip(","))
     bench.perturb(0.1)
     for _ in range(400):  # weights stand still
         bench.pulls()
@@ -54,7 +54,7 @@ def test_spectral_oracles_one_step_and_vanishing_weights() -> None:
         net[2].bias.zero_()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     handle = attach(
-        "spectral:strength=1", find_units(net, torch.zeros(1, 2).double()), optimizer, hooks=False
+        "spectral:strength=1,every=1", find_units(net, torch.zeros(1, 2).double()), optimizer, hooks=False
     )
 
     def pulls() -> list[Tensor]:
