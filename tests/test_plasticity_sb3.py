@@ -208,7 +208,7 @@ def penalty_of(name: str, handle, first: dict[Tensor, Tensor]) -> Tensor:
     [
         "l2:strength=0.1",
         "l2-init:strength=0.1",
-        "spectral:strength=0.1",
+        "spectral:strength=0.1,every=1",
         "parseval:strength=0.1,every=1",
         "infer:strength=0.1,heads=3,scale=2,every=1",
     ],
