@@ -34,6 +34,8 @@ def key_of(seed: int, purpose: str) -> int:
 def fold(key: Tensor, word: Tensor | int) -> Tensor:
     """A new key (or 64 random bits) from an int64 key and a counter; broadcasts."""
     golden = _signed(_GOLDEN)
+    if isinstance(word, Tensor) and torch.compiler.is_compiling():
+        word = word ^ 0  # inductor multiplies a range of indices without wrapping around
     x = key + (_signed(word * _GOLDEN) if isinstance(word, int) else word * golden)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_FIRST)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_SECOND)
@@ -105,8 +107,6 @@ class Stream:
     def uniform(self, count: int) -> Tensor:
         """Uniform float64 numbers in [0, 1), `[S, count]`."""
         words = torch.arange(1, count + 1, device=self.keys.device)
-        if torch.compiler.is_compiling():
-            words = words ^ 0  # inductor would multiply a range of indices without wrapping around
         return to_uniform(fold(self.keys.unsqueeze(-1), words))
 
     def normal(self, count: int) -> Tensor:

@@ -243,7 +243,7 @@ def test_random_numbers_compiled_by_inductor_have_the_same_bits() -> None:
 
     def numbers(keys: Tensor) -> tuple[Tensor, Tensor]:
         stream = draws.Stream(keys).fold(5)
-        return stream.uniform(9), stream.coin()
+        return stream.uniform(9), draws.fold(keys.unsqueeze(-1), torch.arange(1, 5))
 
     keys = torch.tensor([draws.key_of(seed, "test") for seed in range(3)])
     compiled = torch.compile(numbers, fullgraph=True)(keys)
