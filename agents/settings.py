@@ -70,7 +70,7 @@ class Config:
     metrics_every: int | None = method(
         optional(whole(), "auto"),
         None,
-        "env steps between measurements; auto: 4 rollouts, and at most 2000 in a run",
+        "env steps between measurements; auto: 4 rollouts, and at most 1400 in a run",
         hparam=False,
     )
 
@@ -111,9 +111,9 @@ class Config:
     def metrics_interval(self) -> int:
         """Env steps per seed between measurements of plasticity: whole rollouts.
 
-        At most 2000 measurements: half of the 20 MB that a long run's event file may take.
+        At most 1400 measurements: most of the 20 MB that a long run's event file may take.
         """
-        wanted = self.metrics_every or max(4 * self.rollout, self.steps / 2000)
+        wanted = self.metrics_every or max(4 * self.rollout, self.steps / 1400)
         return math.ceil(wanted / self.rollout) * self.rollout
 
     @property

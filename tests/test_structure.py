@@ -18,7 +18,7 @@ LIGHT = (  # checking a command imports neither torch nor a simulator
     "agents/options.py", "agents/parse.py", "agents/presets.py", "agents/listing.py",
     "agents/run.py", "envs/__init__.py", "envs/specs.py", "envs/schedules.py", "envs/params.py",
     "envs/atari_games.py",
-    "plasticity/__init__.py", "plasticity/registry.py",
+    "plasticity/__init__.py", "plasticity/registry.py", "plasticity/value_registry.py",
 )  # fmt: skip
 
 
