@@ -22,7 +22,7 @@ eps sqrt(1 - b2^t) at that place); it matters for weights with sqrt(v) near eps 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.clock import Clock
-from perennial.plasticity.parts import Part, affine, parts_of
+from perennial.plasticity.parts import Part, Side, Sides, affine, parts_of
 from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
 from perennial.plasticity.units import Units
 
@@ -46,53 +46,56 @@ class _Pace:
     Attributes:
         horizon: first t from which on f counts as 1.
         falls, rises: whether f does, somewhere.
-        table: float64 `[3, horizon + 1]`: f, its falling part, its rising part (0 at the end).
+        table: float64 `[k, horizon + 1]`: f, and where it both falls and rises (k = 3) its falling
+            part and its rising part, 1 and 0 at the end; else k = 1.
         short: the same in the dtype of the weights.
-        vectors: `[3, S, total + 1]`, F of all units for tensors with f(T) = 1, and its two parts.
+        vectors: `[k, S, total + 1]`, the rows of the table at the units' ages: F of all units, for
+            tensors with f(T) = 1.
     """
 
-    def __init__(
-        self, betas: tuple[float, float], dtype: torch.dtype, birth: Tensor
-    ) -> None:
-        # In float32 1 - 1e-6 is 17 units in the last place of the step: less than what Adam's own
-        # rounding leaves, and no weight resolves it.
+    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, birth: Tensor) -> None:
+        # A step that is off by a millionth is far below the gradient's own rounding in float32.
         tolerance = 1e-13 if dtype is torch.float64 else 1e-6
         slowest = max(betas)
-        length = math.ceil(math.log(tolerance / 4) / math.log(slowest)) if slowest > 0 else 1
-        t = torch.arange(min(length, _LONGEST) + 1, dtype=torch.float64).clamp_(min=1)
+        length = math.log(tolerance / 4) / math.log(slowest) if slowest > 0 else 1
+        t = torch.arange(1, math.ceil(min(length, _LONGEST)) + 1, dtype=torch.float64)
         f = (1 - betas[1] ** t).sqrt() / (1 - betas[0] ** t)
-        self.horizon = int((f - 1).abs().gt(tolerance).sum()) and (
-            int((f - 1).abs().gt(tolerance).nonzero()[-1]) + 1
-        )
-        f = torch.cat([f[: self.horizon], f.new_ones(1)])
+        # Ages start at 1; entry 0 serves copies that stand still, which never read a step off it.
+        apart = (f - 1).abs().gt(tolerance).nonzero()  # no single stretch: f may cross 1
+        f = torch.cat([f[:1], f[: int(apart[-1]) + 1 if len(apart) else 0], f.new_ones(1)])
         self.falls = betas[0] > 0
         self.rises = betas[1] > 0 and betas[0] != betas[1]
-        rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
-        if not self.rises:
-            rise = torch.zeros_like(f)
-        self.table = torch.stack([f, f - rise, rise]).to(birth.device)
+        self.horizon = len(f) - 1
+        rows = f.unsqueeze(0)
+        if self.falls and self.rises:
+            rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
+            rows = torch.stack([f, f - rise, rise])
+        self.table = rows.to(birth.device)
         self.short = self.table.to(dtype)
-        self.vectors = self.short.new_empty(3, *birth.shape)
+        self.vectors = self.short.new_empty(len(rows), *birth.shape)
+        self._flat = self.vectors.view(len(rows), -1)
 
     def settled(self, ages: Tensor) -> Tensor:
-        """`vectors` at the units' ages `[S, total + 1]`, for tensors with f(T) = 1."""
+        """`vectors` at the ages `[S, total + 1]`."""
         index = ages.clamp(max=self.horizon).view(-1)
         if torch.compiler.is_compiling():
             return self.short.index_select(1, index).view_as(self.vectors)
-        torch.index_select(self.short, 1, index, out=self.vectors.view(3, -1))
+        torch.index_select(self.short, 1, index, out=self._flat)
         return self.vectors
 
     def general(self, ages: Tensor, steps: Tensor) -> Tensor:
-        """The same for each of several tensors at its own T `[n, S or 1]`: `[n, 3, S, total + 1]`.
+        """The same for each of n tensors at its own T `[n, S or 1]`: `[n, k, S, total + 1]`.
 
         A tensor that was reset alone may be younger than its unit: then T counts.
         """
         last = steps.to(torch.int64).clamp(max=self.horizon).unsqueeze(-1)
         index = torch.minimum(ages, last)
-        f, _, rise = self.table
-        scale, rising = f[last], rise[index] - rise[last]
-        ratio = f[index]
-        parts = torch.stack([ratio, ratio - rising, rising], 1) / scale.unsqueeze(1)
+        f = self.table[0]
+        ratio, scale = f[index], f[last]
+        if len(self.table) == 1:
+            return (ratio / scale).unsqueeze(1).to(self.short.dtype)
+        rise = self.table[2][index] - self.table[2][last]
+        parts = torch.stack([ratio, ratio - rise, rise], 1) / scale.unsqueeze(1)
         return parts.to(self.short.dtype)
 
 
@@ -118,14 +121,16 @@ class Moments:
         self.offset = torch.zeros(copies, dtype=torch.int64, device=device)
         self.paces: dict[tuple[float, float], _Pace] = {}
         for part in self.parts if self.adam else ():
-            beta1, beta2 = self._group(part.parameter)["betas"]
+            part.group = self.group_of[part.parameter]
+            beta1, beta2 = groups[part.group]["betas"]
             part.betas = (float(beta1), float(beta2))
             if part.betas not in self.paces:
                 self.paces[part.betas] = _Pace(part.betas, units.dtype, self.birth)
         self.horizon = max((pace.horizon for pace in self.paces.values()), default=0)
         self._held: list[tuple[Part, Tensor]] = []  # weights before the step
         self._late = False  # f(T) = 1 for all tensors
-        self._memory: dict[Any, Tensor] = {}
+        # Kept, as parts' `before`: fresh memory every step would cost more than the arithmetic.
+        self._factors: dict[tuple[str, torch.Size], Tensor] = {}
         self._stale = False  # the host's copies miss what was compiled or captured
         self._ever = False  # a unit was recycled
         self.offset.add_(self._known_steps())
@@ -139,9 +144,6 @@ class Moments:
             step = self.optimizer.state.get(part.parameter, {}).get("step", 0)
             counts.append(int(torch.as_tensor(step).min()))
         return min(counts, default=0)
-
-    def _group(self, parameter: Tensor) -> dict[str, Any]:
-        return self.optimizer.param_groups[self.group_of[parameter]]
 
     def tensors(self) -> dict[str, Tensor]:
         """State for checkpoints, the copies axis first."""
@@ -244,23 +246,21 @@ class Moments:
             if all(known[c] + 1 - self.host_birth[c] >= self.horizon for c in moving):
                 return  # nobody is young
             self._late = all(known[c] + 1 + self.host_offset[c] >= self.horizon for c in moving)
+        scales = [_scale(group) for group in self.optimizer.param_groups]
         for part in self.parts:
-            if part.parameter.grad is not None and self.optimizer.state.get(part.parameter):
-                self._held.append((part, self._hold(part.parameter)))
+            if part.parameter.grad is not None:
+                self._held.append((part, self._hold(part, scales[part.group])))
 
-    def _hold(self, parameter: Tensor) -> Tensor:
+    def _hold(self, part: Part, scale: float | Tensor | None) -> Tensor:
         """The weights as the step of the averages will find them."""
-        group = self._group(parameter)
-        decay = group["weight_decay"] if group.get("decoupled_weight_decay", False) else 0
-        weight = parameter.detach()
+        parameter, memory = part.parameter, part.before
         if torch.compiler.is_compiling():
-            return weight * (1 - group["lr"] * decay) if decay else weight.clone()
-        memory = self._memory.get(parameter)
-        if memory is None or memory.shape != weight.shape or memory.device != weight.device:
-            memory = self._memory[parameter] = torch.empty_like(weight)
-        if decay:
-            return torch.mul(weight, 1 - group["lr"] * decay, out=memory)
-        return memory.copy_(weight)
+            return parameter.clone() if scale is None else parameter * scale
+        if memory is None:
+            memory = part.before = torch.empty_like(parameter, requires_grad=False)
+        if scale is None:
+            return memory.copy_(parameter)
+        return torch.mul(parameter, scale, out=memory)
 
     def after_step(self) -> None:
         """Give every element the step of its own age; directly after the optimizer's step, which
@@ -270,7 +270,7 @@ class Moments:
             return
         ages = self.clock.updates.unsqueeze(-1) - self.birth
         for betas, pace in self.paces.items():
-            mine = [(part, before) for part, before in held if part.betas == betas]
+            mine = [pair for pair in held if pair[0].betas == betas]
             if not mine:
                 continue
             if self._late:
@@ -278,40 +278,46 @@ class Moments:
                 for part, before in mine:
                     self._correct(part, before, pace, part.kept_sides(vectors))
                 continue
-            steps = [torch.as_tensor(self.optimizer.state[part.parameter]["step"])
-                     for part, _ in mine]  # fmt: skip
-            each = pace.general(ages, torch.stack(steps).to(ages.device).view(len(steps), -1))
+            states = [self.optimizer.state.get(part.parameter, {}) for part, _ in mine]
+            steps = torch.stack([torch.as_tensor(state.get("step", 0)) for state in states])
+            each = pace.general(ages, steps.to(ages.device).view(len(steps), -1))
             for (part, before), vectors in zip(mine, each, strict=True):
                 self._correct(part, before, pace, part.sides(vectors))
 
-    def _correct(
-        self,
-        part: Part,
-        before: Tensor,
-        pace: _Pace,
-        sides: Sequence[tuple[Tensor | None, Tensor | None]],
-    ) -> None:
-        (row, column), falling, rising = sides
+    def _correct(self, part: Part, before: Tensor, pace: _Pace, sides: Sides) -> None:
+        parameter = part.parameter
+        row, column = sides[0]
         if row is None or column is None:
             factor = column if row is None else row
+            assert factor is not None
         elif not pace.rises:
-            factor = self._younger(torch.maximum, "fall", row, column)
+            factor = self._younger(torch.maximum, "falling", sides[0], parameter)
         elif not pace.falls:
-            factor = self._younger(torch.minimum, "rise", row, column)
+            factor = self._younger(torch.minimum, "rising", sides[0], parameter)
         else:
-            factor = self._younger(torch.maximum, "fall", *falling)
-            factor = factor.add_(self._younger(torch.minimum, "rise", *rising))
-        weight = part.parameter.detach()
-        torch.lerp(before, weight, factor, out=weight)
+            factor = self._younger(torch.maximum, "falling", sides[1], parameter)
+            factor.add_(self._younger(torch.minimum, "rising", sides[2], parameter))
+        if torch.compiler.is_compiling():
+            parameter.copy_(torch.lerp(before, parameter, factor))
+        else:
+            torch.lerp(before, parameter, factor, out=parameter)
 
-    def _younger(self, choose: Any, name: str, row: Any, column: Any) -> Tensor:
-        """What belongs to the younger of two units; in memory that stays in the cache, as fresh
-        memory every step would cost more than the arithmetic."""
+    def _younger(
+        self, choose: Callable[..., Tensor], name: str, sides: Side, parameter: Tensor
+    ) -> Tensor:
+        """What belongs to the younger of the row's and the column's unit."""
+        row, column = sides
         if torch.compiler.is_compiling():
             return choose(row, column)
-        shape = torch.broadcast_shapes(row.shape, column.shape)
-        key = name, shape
-        memory = self._memory.get(key)
-        if memory is None or memory.device != row.device or memory.dtype != row.dtype:
-            memory = self._memory[key] = row.new_empty(shape)
+        key = name, parameter.shape
+        memory = self._factors.get(key)
+        if memory is None:
+            memory = self._factors[key] = choose(row, column)
         return choose(row, column, out=memory)
+
+
+def _scale(group: dict[str, Any]) -> float | Tensor | None:
+    """What decoupled weight decay multiplies the weights by; None without."""
+    if not group["weight_decay"] or not group.get("decoupled_weight_decay", False):
+        return None
+    return 1 - group["lr"] * group["weight_decay"]

@@ -6,15 +6,15 @@ Used to spread per-unit numbers over parameters (moments.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perennial.plasticity.units import Site, Units
 
-
-Sides = list[tuple[Tensor | None, Tensor | None]]
+Side = tuple[Tensor | None, Tensor | None]
+Sides = list[Side]
 
 
 @dataclass(eq=False)
@@ -30,13 +30,15 @@ class Part:
     batched: bool
     rows: slice | None
     columns: slice | Tensor | None
-    betas: tuple[float, float] = (0.0, 0.0)  # of its group, under Adam
-    fixed: Sides | None = field(default=None, repr=False)
+    group: int = 0  # of the optimizer
+    betas: tuple[float, float] = (0.0, 0.0)  # of that group, under Adam
+    before: Tensor | None = None  # memory for the weights before a step
+    fixed: Sides | None = None
 
     def sides(self, vectors: Tensor) -> Sides:
         """The rows' and the columns' share of vectors `[k, S, total + 1]`, as they broadcast."""
         ndim = self.parameter.ndim + (0 if self.batched else 1)
-        found = []
+        found: Sides = []
         for vector in vectors:
             row = column = None
             if self.rows is not None:
