@@ -89,6 +89,10 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "coupled": (torch.optim.Adam, {"weight_decay": 0.1}),
     "equal betas": (torch.optim.Adam, {"betas": (0.9, 0.9)}),
     "no momentum": (torch.optim.Adam, {"betas": (0.0, 0.9)}),
+    "f rises from below": (torch.optim.Adam, {"betas": (0.5, 0.97)}),
+    "f crosses 1": (torch.optim.Adam, {"betas": (0.9, 0.95)}),
+    "f falls": (torch.optim.Adam, {"betas": (0.97, 0.5)}),
+    "only momentum": (torch.optim.Adam, {"betas": (0.9, 0.0)}),
     "maximize": (torch.optim.Adam, {"maximize": True}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
     "batched": (BatchedAdam, {}),
@@ -301,3 +305,38 @@ def test_an_optimizer_reset_makes_all_units_as_old_as_their_tensors() -> None:
     for p, before in zip(model.parameters(), old, strict=True):
         expected = before - 0.01 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.9), (0.5, 0.9), (0.9, 0.93)], ids=str)
+def test_grown_units_step_to_the_bit_as_if_never_recycled(betas: tuple[float, float]) -> None:
+    """Past the horizon, and for old units beside a young one: F is exactly 1."""
+    results = []
+    for treatment in ("exact", "zero"):
+        torch.manual_seed(0)
+        model = plain().float()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01, betas=betas)
+        units = find_units(model, torch.zeros(8, 3))
+        masks = {0: torch.arange(6).unsqueeze(0) == 1}
+        handle = attach(Pick({600: masks, 1200: masks}, treatment), units, optimizer)
+        assert handle.moments.horizon < 600
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        for step in range(1300):
+            if step == 1190:  # grown up: from here the same weights and averages for both
+                torch.manual_seed(2)
+                for p in model.parameters():
+                    p.data.normal_()
+                    optimizer.state[p]["exp_avg"].normal_()
+                    optimizer.state[p]["exp_avg_sq"].normal_().abs_()
+            for p in model.parameters():
+                p.grad.normal_()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for number, (exact, zero) in enumerate(zip(*results, strict=True)):
+        young = torch.zeros_like(exact, dtype=torch.bool)
+        if number < 4:
+            young[1] = True
+        elif number == 4:
+            young[:, 1] = True
+        assert torch.equal(exact[~young], zero[~young])
+        assert young.any() == (not torch.equal(exact, zero))
