@@ -260,6 +260,7 @@ class Handle:
         self.clock.choose(active)
         with torch.no_grad():
             self.clock.tick()
+            self.moments.after_step()
             for intervention in self._after:
                 intervention.after_step()
 

@@ -2,16 +2,21 @@
 
 Adam corrects the bias of its averages by the step count T of the whole tensor. A unit whose
 averages were just cleared would take a first step of 3.16 learning rates (betas 0.9, 0.999). Exact
-recycling needs a step count t per element. Stock optimizers have none, so the averages of young
-units are adjusted before the step, with the final gradient g, such that the stock step with T does
-what a step with t would do. With Q = b^T, q = b^t:
+recycling needs a step count t per element. The averages themselves are right: from zero, the stock
+recursions give what they give a newborn. Only the size of the step is wrong, so it is corrected
+after the optimizer's step, with a copy of the weights from before:
 
-    average <- A average + B g
-    A = (1 - Q) / (1 - Q/b) * (1 - q/b) / (1 - q)        B = (1 - b)/b * (q - Q) / (1 - q)
+    p <- p_before + F (p - p_before)     F = f(t) / f(T)     f(t) = sqrt(1 - b2^t) / (1 - b1^t)
 
-(the second average takes g^2). A = 1 - B once Q has vanished; B = 0 for a unit as old as its
-tensor. An element belongs to two units, its row's and its column's; the younger counts: the larger
-B, the smaller A. Derived here; equal to Adam with a step count per element in the tests.
+`p_before` includes decoupled weight decay. F = 1 for elements as old as their tensor. An element
+belongs to two units, its row's and its column's; the younger counts. f may fall and then rise with
+t: it is kept as a falling plus a rising part, for the younger has the larger of the one and the
+smaller of the other.
+
+Once f(T) = 1 this is Adam with a step count per element,
+`p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`, as in `lop/utils/AdamGnT.py` of Dohare et
+al. 2024. Deviation from a newborn tensor under torch: eps is not bias-corrected by t (torch adds
+eps sqrt(1 - b2^t) at that place); it matters for weights with sqrt(v) near eps or below.
 """
 
 from __future__ import annotations
@@ -26,35 +31,77 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.clock import Clock
-from perennial.plasticity.parts import Part, affine, parts_of
+from perennial.plasticity.parts import Part, Side, Sides, affine, parts_of
 from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
 from perennial.plasticity.units import Units
 
 TREATMENTS = ("exact", "zero", "keep")
+_NEVER = -(2**40)  # birth of units as old as their tensor
+_LONGEST = 2**22  # steps after which any unit counts as old
 
 
-class _Scratch:
-    """One piece of memory for all intermediate results: it stays in the cache, and fresh memory
-    every step would cost more than the arithmetic."""
+class _Pace:
+    """f(t) of one pair of betas, as a table: the same bits on any device and for any copies.
 
-    def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+    Attributes:
+        horizon: first t from which on f counts as 1.
+        falls, rises: whether f does, somewhere.
+        table: float64 `[k, horizon + 1]`: f, and where it both falls and rises (k = 3) its falling
+            part and its rising part, 1 and 0 at the end; else k = 1.
+        short: the same in the dtype of the weights.
+        vectors: `[k, S, total + 1]`, the rows of the table at the units' ages: F of all units, for
+            tensors with f(T) = 1.
+    """
 
-    def of(self, name: str, like: Tensor) -> Tensor:
-        key = name, like.shape, like.dtype
-        if key not in self.views:
-            memory = self.memory.get(name)
-            if memory is None or memory.numel() < like.numel() or memory.dtype != like.dtype:
-                self.memory[name] = memory = like.new_empty(like.numel())
-                self.views.clear()
-            self.views[key] = memory[: like.numel()].view(like.shape)
-        return self.views[key]
+    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, birth: Tensor) -> None:
+        # A step that is off by a millionth is far below the gradient's own rounding in float32.
+        tolerance = 1e-13 if dtype is torch.float64 else 1e-6
+        slowest = max(betas)
+        length = math.log(tolerance / 4) / math.log(slowest) if slowest > 0 else 1
+        t = torch.arange(1, math.ceil(min(length, _LONGEST)) + 1, dtype=torch.float64)
+        f = (1 - betas[1] ** t).sqrt() / (1 - betas[0] ** t)
+        # Ages start at 1; entry 0 serves copies that stand still, which never read a step off it.
+        apart = (f - 1).abs().gt(tolerance).nonzero()  # no single stretch: f may cross 1
+        f = torch.cat([f[:1], f[: int(apart[-1]) + 1 if len(apart) else 0], f.new_ones(1)])
+        self.falls = betas[0] > 0
+        self.rises = betas[1] > 0 and betas[0] != betas[1]
+        self.horizon = len(f) - 1
+        rows = f.unsqueeze(0)
+        if self.falls and self.rises:
+            rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
+            rows = torch.stack([f, f - rise, rise])
+        self.table = rows.to(birth.device)
+        self.short = self.table.to(dtype)
+        self.vectors = self.short.new_empty(len(rows), *birth.shape)
+        self._flat = self.vectors.view(len(rows), -1)
+
+    def settled(self, ages: Tensor) -> Tensor:
+        """`vectors` at the ages `[S, total + 1]`."""
+        index = ages.clamp(max=self.horizon).view(-1)
+        if torch.compiler.is_compiling():
+            return self.short.index_select(1, index).view_as(self.vectors)
+        torch.index_select(self.short, 1, index, out=self._flat)
+        return self.vectors
+
+    def general(self, ages: Tensor, steps: Tensor) -> Tensor:
+        """The same for each of n tensors at its own T `[n, S or 1]`: `[n, k, S, total + 1]`.
+
+        A tensor that was reset alone may be younger than its unit: then T counts.
+        """
+        last = steps.to(torch.int64).clamp(max=self.horizon).unsqueeze(-1)
+        index = torch.minimum(ages, last)
+        f = self.table[0]
+        ratio, scale = f[index], f[last]
+        if len(self.table) == 1:
+            return (ratio / scale).unsqueeze(1).to(self.short.dtype)
+        rise = self.table[2][index] - self.table[2][last]
+        parts = torch.stack([ratio, ratio - rise, rise], 1) / scale.unsqueeze(1)
+        return parts.to(self.short.dtype)
 
 
 class Moments:
-    """The state that one optimizer keeps about units: `recycled` clears it, `before_step` adjusts
-    it.
+    """The state that one optimizer keeps about units: `recycled` clears it, `before_step` and
+    `after_step` enclose the optimizer's step and give young units the step of newborn ones.
 
     One per handle, shared by its interventions. Nothing is stored in `optimizer.state`.
     """
@@ -67,39 +114,28 @@ class Moments:
         self.parts = [part for part in parts_of(units) if part.parameter in self.group_of]
         adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | BatchedAdam)
         self.adam = adam and not any(g.get("amsgrad", False) for g in groups)
-        betas = {beta for g in groups for beta in g["betas"]} if self.adam else set()
-        self.betas = sorted(beta for beta in betas if beta > 0)  # beta 0 has no memory to correct
-        device, copies, total = units.device, clock.copies, units.total
-        # b^t per beta, copy and unit; 0 for units as old as their tensor.
-        self.saved = torch.zeros(copies, len(self.betas), total, dtype=torch.float64, device=device)
-        self.powers = self.saved.transpose(0, 1)
-        # T is at least updates + offset; the last update that may have recycled a unit (-1: none).
+        device, copies = units.device, clock.copies
+        # When each unit was recycled, in updates; the last entry stands for features without unit.
+        self.birth = torch.full((copies, units.total + 1), _NEVER, device=device)
+        # T is at least updates + offset.
         self.offset = torch.zeros(copies, dtype=torch.int64, device=device)
-        self.event = torch.full((copies,), -1, dtype=torch.int64, device=device)
-        self.decays = torch.tensor(self.betas, dtype=torch.float64, device=device).view(-1, 1, 1)
-        self.gains = (1 - self.decays) / self.decays
-        # Q below this changes no bit worth having; powers below it count as none.
-        self.tolerance = 1e-18 if units.dtype is torch.float64 else 1e-8
-        self.horizons = [math.log(self.tolerance) / math.log(beta) for beta in self.betas]
-        self.factors = torch.zeros(
-            len(self.betas), copies, total + 1, dtype=units.dtype, device=device
-        )
-        self.vectors = list(self.factors)
-        self._inner = self.factors[..., :-1]
-        self._scratch = _Scratch()
-        shape = (len(self.betas), len(self.parts), copies, total + 1)
-        self._keep = torch.ones(shape, dtype=units.dtype, device=device)
-        self._take = torch.zeros(shape, dtype=units.dtype, device=device)
-        for number, part in enumerate(self.parts):
-            part.number = number
-            if self.adam:
-                beta1, beta2 = self._group(part.parameter)["betas"]
-                part.places = self._place(beta1), self._place(beta2)
-        self.host_event = [-1] * copies
-        self._ever = False  # a unit was recycled
+        self.paces: dict[tuple[float, float], _Pace] = {}
+        for part in self.parts if self.adam else ():
+            part.group = self.group_of[part.parameter]
+            beta1, beta2 = groups[part.group]["betas"]
+            part.betas = (float(beta1), float(beta2))
+            if part.betas not in self.paces:
+                self.paces[part.betas] = _Pace(part.betas, units.dtype, self.birth)
+        self.horizon = max((pace.horizon for pace in self.paces.values()), default=0)
+        self._held: list[tuple[Part, Tensor]] = []  # weights before the step
+        self._late = False  # f(T) = 1 for all tensors
+        # Kept, as parts' `before`: fresh memory every step would cost more than the arithmetic.
+        self._factors: dict[tuple[str, torch.Size], Tensor] = {}
         self._stale = False  # the host's copies miss what was compiled or captured
+        self._ever = False  # a unit was recycled
         self.offset.add_(self._known_steps())
         self.host_offset = self.offset.tolist()
+        self.host_birth = [_NEVER] * copies  # of the youngest unit, or later
 
     def _known_steps(self) -> int:
         """The fewest steps of any parameter's state now: read once, at attach."""
@@ -109,19 +145,15 @@ class Moments:
             counts.append(int(torch.as_tensor(step).min()))
         return min(counts, default=0)
 
-    def _group(self, parameter: Tensor) -> dict[str, Any]:
-        return self.optimizer.param_groups[self.group_of[parameter]]
-
     def tensors(self) -> dict[str, Tensor]:
         """State for checkpoints, the copies axis first."""
-        return {"offset": self.offset, "event": self.event, "powers": self.saved}
+        return {"offset": self.offset, "birth": self.birth}
 
     def reload(self) -> None:
         """Host copies after loading."""
-        self.host_offset, self.host_event = self.offset.tolist(), self.event.tolist()
+        self.host_offset, self.host_birth = self.offset.tolist(), self.birth.amax(-1).tolist()
         self._stale = False
-        self._ever = any(event >= 0 for event in self.host_event)
-        self._ever = any(event >= 0 for event in self.host_event)
+        self._ever = any(birth > _NEVER for birth in self.host_birth)
 
     def restart(
         self,
@@ -141,7 +173,7 @@ class Moments:
             copies = torch.ones_like(self.offset, dtype=torch.bool)
         self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
         if whole:
-            self.powers.masked_fill_(copies.view(1, -1, 1), 0.0)
+            self.birth.masked_fill_(copies.unsqueeze(-1), _NEVER)
         due, last = self.clock.last_due
         if which is None and copies is due:
             which = last
@@ -174,17 +206,16 @@ class Moments:
             for value in self._averages(reader.module.weight):
                 lead = value if reader.batched else value.unsqueeze(0)
                 silence_columns(lead, consumer.columns, kept)
-        if treatment == "exact" and self.betas:
+        if treatment == "exact" and self.paces:
             self._ever = True
-            powers = self.powers[:, :, self.units.spans[selection.position]]
-            powers.copy_(torch.where(powers > self.tolerance, powers, 0.0))
-            powers.mul_(kept).add_(selection.gone)
-            self.event.copy_(torch.where(selection.count > 0, self.clock.updates, self.event))
+            birth = self.birth[:, self.units.spans[selection.position]]
+            now = self.clock.updates.unsqueeze(-1)
+            birth.copy_(torch.where(selection.gone > 0, now, birth))
             if self.clock.known is None:
                 self._stale = True
             else:
                 for copy in self.clock.current():
-                    self.host_event[copy] = self.clock.known[copy]
+                    self.host_birth[copy] = self.clock.known[copy]
 
     def _averages(self, parameter: Tensor | None) -> list[Tensor]:
         """State tensors with one entry per weight; none before the first step."""
@@ -198,122 +229,95 @@ class Moments:
         """Whether a unit may be young, as far as the host knows."""
         return self._ever or self.clock.known is None
 
-    # ---- before every step ---------------------------------------------------------------------
+    # ---- around every step ---------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Adjust the averages of young units; gradients must be final."""
-        if not (self.betas and self.parts):
+        """Hold the weights while a unit is young; directly before the optimizer's step."""
+        self._held = []
+        if not self.paces:
             return
-        known = self.clock.known
-        late = [False] * len(self.betas)
+        known, self._late = self.clock.known, False
         if known is None:
             self._stale = True
         else:
             if self._stale:
                 self.reload()
-            least = min(map(sum, zip(known, self.host_offset, strict=True)))
-            late = [least > horizon for horizon in self.horizons]
-            if all(
-                event < 0 or count - event > self.horizons[-1]
-                for event, count in zip(self.host_event, known, strict=True)
-            ):
+            moving = self.clock.current()
+            if all(known[c] + 1 - self.host_birth[c] >= self.horizon for c in moving):
                 return  # nobody is young
-        mask = self.clock.mask
-        if mask is None:
-            self.powers.mul_(self.decays)
-        else:
-            older = self.powers * self.decays
-            self.powers.copy_(torch.where(mask.view(1, -1, 1), older, self.powers))
-        self._adjust(late)
-
-    def _adjust(self, late: list[bool]) -> None:
-        """`average <- A average + B g`; for betas whose Q has vanished `average.lerp_(g, B)`."""
-        if any(late):
-            factors = self.powers / (1 - self.powers)
-            if self.clock.mask is not None:
-                factors = factors * self.clock.mask.view(1, -1, 1)
-            torch.mul(factors, self.gains, out=self._inner)
-        if not all(late):
-            self._coefficients()
-        for part, grad, state in self._present():
-            weight, last = None, -1
-            for place, key in zip(part.places, ("exp_avg", "exp_avg_sq"), strict=True):
-                if place < 0:
-                    continue
-                value = grad if key == "exp_avg" else self._squared(grad)
-                if late[place]:
-                    if place != last:
-                        sides = part.kept_sides("late", place, self.vectors[place])
-                        weight, last = self._extreme(torch.maximum, *sides, grad), place
-                    assert weight is not None
-                    state[key].lerp_(value, weight)
-                    continue
-                keep = part.kept_sides("keep", place, self._keep[place, part.number])
-                state[key].mul_(self._extreme(torch.minimum, *keep, grad))
-                take = part.kept_sides("take", place, self._take[place, part.number])
-                state[key].addcmul_(value, self._extreme(torch.maximum, *take, grad))
-
-    def _present(self) -> list[tuple[Part, Tensor, dict[str, Tensor]]]:
-        """Parts that this step moves, their gradient as the optimizer will see it, their state."""
-        found = []
-        mask = self.clock.mask
+            self._late = all(known[c] + 1 + self.host_offset[c] >= self.horizon for c in moving)
+        scales = [_scale(group) for group in self.optimizer.param_groups]
         for part in self.parts:
-            p, grad = part.parameter, part.parameter.grad
-            state = self.optimizer.state.get(p)
-            if grad is None or not state:
-                continue
-            group = self._group(p)
-            if group.get("maximize", False):
-                grad = -grad
-            if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
-                grad = grad.add(p.detach(), alpha=group["weight_decay"])
-            if mask is not None and part.batched:  # a standing copy's gradient may be anything
-                grad = torch.where(mask.view(-1, *[1] * (grad.ndim - 1)), grad, 0.0)
-            found.append((part, grad, state))
-        return found
+            if part.parameter.grad is not None:
+                self._held.append((part, self._hold(part, scales[part.group])))
 
-    def _coefficients(self) -> None:
-        """A and B at each part's own T, into `_keep` and `_take` `[betas, parts, S, total + 1]`."""
-        states = [self.optimizer.state.get(part.parameter, {}) for part in self.parts]
-        known = [torch.as_tensor(state["step"]) for state in states if "step" in state]
-        if not known:
+    def _hold(self, part: Part, scale: float | Tensor | None) -> Tensor:
+        """The weights as the step of the averages will find them."""
+        parameter, memory = part.parameter, part.before
+        if torch.compiler.is_compiling():
+            return parameter.clone() if scale is None else parameter * scale
+        if memory is None:
+            memory = part.before = torch.empty_like(parameter, requires_grad=False)
+        if scale is None:
+            return memory.copy_(parameter)
+        return torch.mul(parameter, scale, out=memory)
+
+    def after_step(self) -> None:
+        """Give every element the step of its own age; directly after the optimizer's step, which
+        the clock has counted. Copies that stood still did not move and stay."""
+        held, self._held = self._held, []
+        if not held:
             return
-        blank = torch.zeros_like(known[0])
-        steps = torch.stack([torch.as_tensor(state.get("step", blank)) for state in states])
-        steps = steps.to(self.powers) + 1
-        b, q = self.decays.unsqueeze(-1), self.powers.unsqueeze(1)
-        tensor = b ** steps.view(1, len(steps), -1, 1)  # [betas, parts, S or 1, 1]
-        # A tensor that was reset alone may be younger than its unit: then T counts.
-        young = q > tensor
-        if self.clock.mask is not None:
-            young = young & self.clock.mask.view(1, 1, -1, 1)
-        keep = (1 - tensor) / (1 - tensor / b) * ((1 - q / b) / (1 - q))
-        take = (q - tensor) * ((1 - b) / b / (1 - q))
-        self._keep[..., :-1].copy_(torch.where(young, keep, 1.0))
-        self._take[..., :-1].copy_(torch.where(young, take, 0.0))
+        ages = self.clock.updates.unsqueeze(-1) - self.birth
+        for betas, pace in self.paces.items():
+            mine = [pair for pair in held if pair[0].betas == betas]
+            if not mine:
+                continue
+            if self._late:
+                vectors = pace.settled(ages)
+                for part, before in mine:
+                    self._correct(part, before, pace, part.kept_sides(vectors))
+                continue
+            states = [self.optimizer.state.get(part.parameter, {}) for part, _ in mine]
+            steps = torch.stack([torch.as_tensor(state.get("step", 0)) for state in states])
+            each = pace.general(ages, steps.to(ages.device).view(len(steps), -1))
+            for (part, before), vectors in zip(mine, each, strict=True):
+                self._correct(part, before, pace, part.sides(vectors))
 
-    def _place(self, beta: float) -> int:
-        return self.betas.index(beta) if beta else -1
-
-    def _extreme(
-        self,
-        choose: Callable[..., Tensor],
-        row: Tensor | None,
-        column: Tensor | None,
-        like: Tensor,
-    ) -> Tensor:
-        """The row unit's or the column unit's factor, whichever is younger."""
+    def _correct(self, part: Part, before: Tensor, pace: _Pace, sides: Sides) -> None:
+        parameter = part.parameter
+        row, column = sides[0]
         if row is None or column is None:
-            both = row if column is None else column
-            assert both is not None
-            return both
+            factor = column if row is None else row
+            assert factor is not None
+        elif not pace.rises:
+            factor = self._younger(torch.maximum, "falling", sides[0], parameter)
+        elif not pace.falls:
+            factor = self._younger(torch.minimum, "rising", sides[0], parameter)
+        else:
+            factor = self._younger(torch.maximum, "falling", sides[1], parameter)
+            factor.add_(self._younger(torch.minimum, "rising", sides[2], parameter))
+        if torch.compiler.is_compiling():
+            parameter.copy_(torch.lerp(before, parameter, factor))
+        else:
+            torch.lerp(before, parameter, factor, out=parameter)
+
+    def _younger(
+        self, choose: Callable[..., Tensor], name: str, sides: Side, parameter: Tensor
+    ) -> Tensor:
+        """What belongs to the younger of the row's and the column's unit."""
+        row, column = sides
         if torch.compiler.is_compiling():
             return choose(row, column)
-        if like.ndim > 2 and row.shape[-1] == column.shape[-1] == 1:  # one for a whole kernel
-            like = like.flatten(2)[..., :1].view(*like.shape[:2], *row.shape[2:])
-        return choose(row, column, out=self._scratch.of("factor", like))
+        key = name, parameter.shape
+        memory = self._factors.get(key)
+        if memory is None:
+            memory = self._factors[key] = choose(row, column)
+        return choose(row, column, out=memory)
 
-    def _squared(self, grad: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return grad * grad
-        return torch.mul(grad, grad, out=self._scratch.of("square", grad))
+
+def _scale(group: dict[str, Any]) -> float | Tensor | None:
+    """What decoupled weight decay multiplies the weights by; None without."""
+    if not group["weight_decay"] or not group.get("decoupled_weight_decay", False):
+        return None
+    return 1 - group["lr"] * group["weight_decay"]

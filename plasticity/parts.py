@@ -6,12 +6,15 @@ Used to spread per-unit numbers over parameters (moments.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perennial.plasticity.units import Site, Units
+
+Side = tuple[Tensor | None, Tensor | None]
+Sides = list[Side]
 
 
 @dataclass(eq=False)
@@ -27,32 +30,35 @@ class Part:
     batched: bool
     rows: slice | None
     columns: slice | Tensor | None
-    number: int = 0  # among all parts
-    places: tuple[int, int] = (-1, -1)  # of its two betas among all betas; -1 for a beta of 0
-    fixed: dict[tuple[str, int], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    group: int = 0  # of the optimizer
+    betas: tuple[float, float] = (0.0, 0.0)  # of that group, under Adam
+    before: Tensor | None = None  # memory for the weights before a step
+    fixed: Sides | None = None
 
-    def sides(self, vector: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The rows' and the columns' share of a vector over all units, as they broadcast."""
+    def sides(self, vectors: Tensor) -> Sides:
+        """The rows' and the columns' share of vectors `[k, S, total + 1]`, as they broadcast."""
         ndim = self.parameter.ndim + (0 if self.batched else 1)
-        row = column = None
-        if self.rows is not None:
-            row = vector[:, self.rows]
-            row = row.view(*row.shape, *[1] * (ndim - 2))
-        if self.columns is not None:
-            column = vector[:, self.columns]
-            column = column.view(len(column), 1, -1, *[1] * (ndim - 3))
-        if not self.batched:
-            row, column = (side if side is None else side[0] for side in (row, column))
-        return row, column
+        found: Sides = []
+        for vector in vectors:
+            row = column = None
+            if self.rows is not None:
+                row = vector[:, self.rows]
+                row = row.view(*row.shape, *[1] * (ndim - 2))
+            if self.columns is not None:
+                column = vector[:, self.columns]
+                column = column.view(len(column), 1, -1, *[1] * (ndim - 3))
+            if not self.batched:
+                row, column = (side if side is None else side[0] for side in (row, column))
+            found.append((row, column))
+        return found
 
-    def kept_sides(
-        self, name: str, place: int, vector: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The same of a vector that keeps its memory, under a name of its own: made once."""
-        known = self.fixed.get((name, place))
-        if known is None or isinstance(self.columns, Tensor):
-            known = self.fixed[name, place] = self.sides(vector)
-        return known
+    def kept_sides(self, vectors: Tensor) -> Sides:
+        """The same of vectors that keep their memory: made once."""
+        if torch.compiler.is_compiling() or isinstance(self.columns, Tensor):
+            return self.sides(vectors)
+        if self.fixed is None:
+            self.fixed = self.sides(vectors)
+        return self.fixed
 
 
 def parts_of(units: Units) -> list[Part]:

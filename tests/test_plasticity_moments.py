@@ -51,7 +51,11 @@ def batched() -> nn.Module:
 
 
 class Reference:
-    """Adam written per element, each with its own step count."""
+    """Adam written per element, each with its own step count t; the tensor has made T steps.
+
+    eps is that of the tensor's step: torch adds it after correcting v by T, which is `eps *
+    sqrt(1 - b2^T)` beside an uncorrected v, and plain eps once T is large.
+    """
 
     def __init__(self, params: list[nn.Parameter], options: dict[str, Any]) -> None:
         self.options = options
@@ -59,10 +63,13 @@ class Reference:
         self.m = [torch.zeros_like(p) for p in params]
         self.v = [torch.zeros_like(p) for p in params]
         self.t = [torch.zeros_like(p) for p in params]
+        self.steps = 0  # T
 
     def step(self, grads: list[Tensor]) -> None:
         o = self.options
         b1, b2 = o["betas"]
+        self.steps += 1
+        eps = o["eps"] * (1 - b2**self.steps) ** 0.5
         for w, m, v, t, g in zip(self.weights, self.m, self.v, self.t, grads, strict=True):
             if o.get("decoupled"):
                 w.mul_(1 - o["lr"] * o["weight_decay"])
@@ -71,7 +78,7 @@ class Reference:
             t.add_(1)
             m.mul_(b1).add_((1 - b1) * g)
             v.mul_(b2).add_((1 - b2) * g * g)
-            w.sub_(o["lr"] * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + o["eps"]))
+            w.sub_(o["lr"] * (1 - b2**t).sqrt() / (1 - b1**t) * m / (v.sqrt() + eps))
 
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.97), "eps": 1e-4, "weight_decay": 0.0}
@@ -82,6 +89,10 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "coupled": (torch.optim.Adam, {"weight_decay": 0.1}),
     "equal betas": (torch.optim.Adam, {"betas": (0.9, 0.9)}),
     "no momentum": (torch.optim.Adam, {"betas": (0.0, 0.9)}),
+    "f rises from below": (torch.optim.Adam, {"betas": (0.5, 0.97)}),
+    "f crosses 1": (torch.optim.Adam, {"betas": (0.9, 0.95)}),
+    "f falls": (torch.optim.Adam, {"betas": (0.97, 0.5)}),
+    "only momentum": (torch.optim.Adam, {"betas": (0.9, 0.0)}),
     "maximize": (torch.optim.Adam, {"maximize": True}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
     "batched": (BatchedAdam, {}),
@@ -129,6 +140,7 @@ def test_young_units_step_as_under_adam_with_a_step_per_element(
             p.grad = torch.zeros_like(p)
         held = [p.detach().clone() for p in params]
         optimizer.step()
+        reference.steps = 5000
         for i, p in enumerate(params):
             p.data.copy_(held[i])
             state = optimizer.state[p]
@@ -137,7 +149,7 @@ def test_young_units_step_as_under_adam_with_a_step_per_element(
             state["exp_avg"].copy_(reference.m[i].normal_())
             state["exp_avg_sq"].copy_(reference.v[i].normal_().abs_())
     handle = attach(Pick(plan), units, optimizer)
-    assert (min(handle.moments.host_offset) > handle.moments.horizons[-1]) == late
+    assert (min(handle.moments.host_offset) > handle.moments.horizon) == late
     for step in range(1, 41):
         optimizer.zero_grad()
         x = torch.randn(shape, dtype=torch.float64)
@@ -281,7 +293,7 @@ def test_an_optimizer_reset_makes_all_units_as_old_as_their_tensors() -> None:
     for _ in range(3):
         model(torch.randn(2, 4, 3, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
-    assert handle.moments.powers.max() > 0
+    assert (handle.moments.birth == 1).sum() == 12
     handle.moments.restart()
     for state in optimizer.state.values():
         for value in state.values():
@@ -293,3 +305,38 @@ def test_an_optimizer_reset_makes_all_units_as_old_as_their_tensors() -> None:
     for p, before in zip(model.parameters(), old, strict=True):
         expected = before - 0.01 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.9), (0.5, 0.9), (0.9, 0.93)], ids=str)
+def test_grown_units_step_to_the_bit_as_if_never_recycled(betas: tuple[float, float]) -> None:
+    """Past the horizon, and for old units beside a young one: F is exactly 1."""
+    results = []
+    for treatment in ("exact", "zero"):
+        torch.manual_seed(0)
+        model = plain().float()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01, betas=betas)
+        units = find_units(model, torch.zeros(8, 3))
+        masks = {0: torch.arange(6).unsqueeze(0) == 1}
+        handle = attach(Pick({600: masks, 1200: masks}, treatment), units, optimizer)
+        assert handle.moments.horizon < 600
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        for step in range(1300):
+            if step == 1190:  # grown up: from here the same weights and averages for both
+                torch.manual_seed(2)
+                for p in model.parameters():
+                    p.data.normal_()
+                    optimizer.state[p]["exp_avg"].normal_()
+                    optimizer.state[p]["exp_avg_sq"].normal_().abs_()
+            for p in model.parameters():
+                p.grad.normal_()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for number, (exact, zero) in enumerate(zip(*results, strict=True)):
+        young = torch.zeros_like(exact, dtype=torch.bool)
+        if number < 4:
+            young[1] = True
+        elif number == 4:
+            young[:, 1] = True
+        assert torch.equal(exact[~young], zero[~young])
+        assert young.any() == (not torch.equal(exact, zero))

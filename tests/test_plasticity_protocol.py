@@ -323,7 +323,7 @@ def test_attach_refuses_what_cannot_work() -> None:
 def test_equal_betas_are_set_before_the_first_step() -> None:
     run = Run(["adam-equal-betas:beta=0.9", "cbp"])
     assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
-    assert run.handle.moments.betas == [0.9]
+    assert list(run.handle.moments.paces) == [(0.9, 0.9)]
 
 
 def test_l2_equals_weight_decay_of_adam_and_leaves_biases_if_told() -> None:
