@@ -54,7 +54,10 @@ def test_spectral_oracles_one_step_and_vanishing_weights() -> None:
         net[2].bias.zero_()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     handle = attach(
-        "spectral:strength=1,every=1", find_units(net, torch.zeros(1, 2).double()), optimizer, hooks=False
+        "spectral:strength=1,every=1",
+        find_units(net, torch.zeros(1, 2).double()),
+        optimizer,
+        hooks=False,
     )
 
     def pulls() -> list[Tensor]:
