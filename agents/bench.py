@@ -109,6 +109,8 @@ def _ours(seeds: int, plasticity: tuple[str, ...] = ()) -> tuple[float, float]:
                 "run_dir": folder,
                 "plasticity": plasticity,
                 "metrics_every": 4 * 2048,
+                # SB3 writes none either; a run's default is one in 20 to 250k steps.
+                "checkpoint_every": _ROLLOUTS * 2048,
                 "device": "cpu",
             },
         )

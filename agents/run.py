@@ -171,6 +171,8 @@ def _new_folder(config: Config) -> Path:
         if config.run_dir is None:
             return _timed_folder(Path("runs") / config.env.replace("/", "-") / _name(config))
         path = Path(config.run_dir)
+        if path.is_file():
+            raise UsageError(f"{path} is a file: choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         if (path / "config.json").exists():
             raise UsageError(

@@ -207,8 +207,9 @@ def test_help_is_grouped_and_shows_defaults(agent: str, capsys: pytest.CaptureFi
     flat = " ".join(text.replace("│", " ").split())
     assert "(default: 0.0003)" in flat
     assert "(default: 256,256)" in flat
-    assert main(["train", agent, "--preset", "nature-slippery-ant-std", "--help"]) == 0
-    assert "(default: 0.0001)" in " ".join(capsys.readouterr().out.split())
+    if agent == "ppo":  # a preset's values are the defaults beside it
+        assert main(["train", agent, "--preset", "nature-slippery-ant-std", "--help"]) == 0
+        assert "(default: 0.0001)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_overview_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,8 +134,8 @@ def test_cbp_replaces_as_many_as_expected(kind: str):
 @every_kind
 @pytest.mark.parametrize("name", RECYCLING)
 def test_recycling_clears_moments_and_outgoing_weights(name: str, kind: str):
-    """At every step: rows that the method (not the optimizer) changed have no moments, and their
-    units no outgoing weights; there are as many as it counts."""
+    """At every step: units born in it have fresh rows, no moments and no outgoing weights; there
+    are as many as the method counts."""
     model, callback = build(kind), PlasticityCallback(SPECS[name])
     rows: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
@@ -148,10 +148,11 @@ def test_recycling_clears_moments_and_outgoing_weights(name: str, kind: str):
 
     def after(network: str) -> None:
         handle, state = callback.handles[network], optimizers(model)[network].state
-        total = 0
-        for site, old in zip(handle.units, rows[network], strict=True):
-            new = site.producer.weight  # columns of new units before it are only cleared
-            gone = ((new != old) & (new != 0)).flatten(2).any(-1)[0]
+        total, now = 0, int(handle.clock.updates[0])
+        spans = handle.units.spans
+        for site, span, old in zip(handle.units, spans, rows[network], strict=True):
+            gone = handle.moments.birth[0, span] == now
+            assert ((site.producer.weight != old).flatten(2).any(-1)[0] | ~gone).all()
             total += int(gone.sum())
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert not state[site.producer.module.weight][moment][gone].any()
