@@ -268,7 +268,8 @@ class Moments:
         held, self._held = self._held, []
         if not held:
             return
-        ages = self.clock.updates.unsqueeze(-1) - self.birth
+        # A clock that was set back leaves births ahead of it: those units are newborn.
+        ages = (self.clock.updates.unsqueeze(-1) - self.birth).clamp_(min=1)
         for betas, pace in self.paces.items():
             mine = [pair for pair in held if pair[0].betas == betas]
             if not mine:
