@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from perennial.agents.options import (
+    Kind,
     choice,
     folder,
     option,
@@ -60,6 +61,13 @@ class Config:
         seeds(), (0,), "seeds to train: 4 (0 to 3), 0:4, 0,3,7, or 3, (seed 3 alone)", hparam=False
     )
     num_envs: int = experiment(whole(1, 65_536), 1, "environments (lanes) per seed")
+
+    reward_clip: str = algorithm(
+        Kind("X|auto|none", str),
+        "auto",
+        "learn from rewards clipped to +-X, log them raw; auto: 1 on Atari, else none",
+        hparam=False,
+    )
 
     plasticity: tuple[str, ...] = method(
         specs(), (), "methods, as cbp or cbp:rate=1e-4,maturity=10000: perennial list plasticity"
@@ -117,12 +125,28 @@ class Config:
         return math.ceil(wanted / self.rollout) * self.rollout
 
     @property
+    def clips_rewards(self) -> float | None:
+        """Bound of the rewards that are learned from; None: they are learned from as they are."""
+        if self.reward_clip == "auto":
+            return 1.0 if self.env == "perennial/AtariSwitch-v0" else None
+        return None if self.reward_clip == "none" else float(self.reward_clip)
+
+    @property
     def clips_actions(self) -> bool:
         """Whether actions are clipped to the action space before they reach the environment."""
         return False
 
     def validate(self) -> None:
         """Raise UsageError where options clash with each other."""
+        try:
+            bound = self.clips_rewards
+            good = bound is None or 0 < bound < math.inf
+        except ValueError:
+            good = False
+        if not good:
+            raise UsageError(
+                f"reward_clip: expected auto, none or a number above 0, not {self.reward_clip!r}"
+            )
         if self.steps < self.rollout:
             raise UsageError(
                 f"steps={self.steps} is less than one rollout of {self.rollout} env steps; "
