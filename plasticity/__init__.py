@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from perennial.plasticity.base import Stage as Stage
     from perennial.plasticity.base import attach as attach
     from perennial.plasticity.continual_backprop import ContinualBackprop as ContinualBackprop
+    from perennial.plasticity.copies import BatchedConv2d as BatchedConv2d
     from perennial.plasticity.copies import BatchedLinear as BatchedLinear
     from perennial.plasticity.copies import Init as Init
     from perennial.plasticity.hare_tortoise import HareTortoise as HareTortoise
@@ -51,6 +52,7 @@ _EXPORTS = {
     "AdamEqualBetas": "optimizers",
     "BatchedAdam": "adam",
     "BatchedLayerNorm": "norms",
+    "BatchedConv2d": "copies",
     "BatchedLinear": "copies",
     "ConcatenatedReLU": "paired",
     "ContinualBackprop": "continual_backprop",

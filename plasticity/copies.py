@@ -85,7 +85,31 @@ class Init:
         return bias.uniform_(-bound, bound, generator=generator) if bound else bias
 
 
-class BatchedLinear(nn.Module):
+class _Drawn(nn.Module):
+    """Weight and bias of several copies, drawn as `init` says."""
+
+    copies: int
+    init: Init
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @torch.no_grad()
+    def reset_parameters(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Draw all weights, then biases, copy by copy, each from its own generator."""
+        if generators is not None and len(generators) != self.copies:
+            raise ValueError(
+                f"{len(generators)} generators for {self.copies} copies; give one per copy"
+            )
+        shape = self.weight.shape[1:]
+        for copy in range(self.copies):
+            generator = None if generators is None else generators[copy]
+            self.weight[copy].copy_(self.init.draw_weight(shape, generator))
+            if self.bias is not None:
+                fan_in = math.prod(shape[1:])
+                self.bias[copy].copy_(self.init.draw_bias(shape[0], fan_in, generator))
+
+
+class BatchedLinear(_Drawn):
     """`copies` linear layers as one: weight `[S, out, in]`, bias `[S, out]`.
 
     Args:
@@ -124,19 +148,6 @@ class BatchedLinear(nn.Module):
         )
         self.reset_parameters(generators)
 
-    @torch.no_grad()
-    def reset_parameters(self, generators: Sequence[torch.Generator] | None = None) -> None:
-        """Draw all weights, then biases, copy by copy, each from its own generator."""
-        if generators is not None and len(generators) != self.copies:
-            raise ValueError(
-                f"{len(generators)} generators for {self.copies} copies; give one per copy"
-            )
-        for copy in range(self.copies):
-            generator = None if generators is None else generators[copy]
-            self.weight[copy].copy_(self.init.draw_weight((self.n_out, self.n_in), generator))
-            if self.bias is not None:
-                self.bias[copy].copy_(self.init.draw_bias(self.n_out, self.n_in, generator))
-
     def forward(self, x: Tensor) -> Tensor:  # [S, B, in] -> [S, B, out]
         if self.copies == 1:  # one seed is the ordinary case: no batched product
             bias = None if self.bias is None else self.bias[0]
@@ -148,3 +159,90 @@ class BatchedLinear(nn.Module):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"copies={self.copies}, n_in={self.n_in}, n_out={self.n_out}, bias={bias}"
+
+
+class BatchedConv2d(_Drawn):
+    """`copies` convolutions as one: weight `[S, out, in, kh, kw]`, bias `[S, out]`.
+
+    On a GPU all copies are one grouped convolution; on a CPU, where those are slow, one after the
+    other.
+
+    Args:
+        copies: S, the number of copies.
+        n_in, n_out: channels of one copy.
+        kernel: side of the square kernel.
+        stride, padding: as of `nn.Conv2d`.
+        bias: whether there is one.
+        init: how weights are drawn, now and when a unit is recycled.
+        generators: one CPU generator per copy (copy k then starts as it would alone); None draws
+            from torch's global generator.
+
+    >>> layer = BatchedConv2d(3, 4, 5, kernel=3, stride=2)
+    >>> layer(torch.zeros(3, 7, 4, 9, 9)).shape
+    torch.Size([3, 7, 5, 4, 4])
+    """
+
+    def __init__(
+        self,
+        copies: int,
+        n_in: int,
+        n_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        init: Init | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if min(copies, n_in, n_out, kernel, stride) < 1 or padding < 0:
+            raise ValueError(
+                f"copies={copies}, n_in={n_in}, n_out={n_out}, kernel={kernel}, stride={stride} "
+                f"must all be at least 1, padding={padding} at least 0"
+            )
+        self.copies, self.n_in, self.n_out = copies, n_in, n_out
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.init = Init() if init is None else init
+        shape = (copies, n_out, n_in, kernel, kernel)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = (
+            nn.Parameter(torch.empty(copies, n_out, dtype=dtype, device=device)) if bias else None
+        )
+        self.reset_parameters(generators)
+
+    def forward(self, x: Tensor) -> Tensor:  # [S, B, in, H, W] -> [S, B, out, H', W']
+        if self.copies == 1:
+            bias = None if self.bias is None else self.bias[0]
+            return F.conv2d(x[0], self.weight[0], bias, self.stride, self.padding).unsqueeze(0)
+        if x.is_cuda:
+            return self._grouped(x)
+        weights = self.weight.unbind()
+        biases = [None] * self.copies if self.bias is None else self.bias.unbind()
+        return torch.stack(
+            [
+                F.conv2d(part, weight, bias, self.stride, self.padding)
+                for part, weight, bias in zip(x.unbind(), weights, biases, strict=True)
+            ]
+        )
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """One convolution whose groups are the copies, side by side as channels."""
+        bias = None if self.bias is None else self.bias.flatten()
+        out = F.conv2d(
+            x.transpose(0, 1).flatten(1, 2),
+            self.weight.flatten(0, 1),
+            bias,
+            self.stride,
+            self.padding,
+            groups=self.copies,
+        )
+        return out.unflatten(1, (self.copies, self.n_out)).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"copies={self.copies}, n_in={self.n_in}, n_out={self.n_out}, kernel={self.kernel}, "
+            f"stride={self.stride}, padding={self.padding}, bias={self.bias is not None}"
+        )

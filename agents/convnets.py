@@ -1,0 +1,129 @@
+"""Networks on pixels over all seeds of a process, and the choice between them and MLPs.
+
+An observation is a flat vector (float) or an image, uint8 `[C, H, W]` with channels first. Images
+stay uint8 until the first layer of the network, which scales them by 1/255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perennial.agents.networks import ACTIVATIONS, MLP
+from perennial.agents.settings import Config
+from perennial.plasticity.copies import BatchedConv2d, BatchedLinear, Init
+
+NATURE_SIDE = 36  # the smallest image that the three convolutions of the Nature CNN can read
+# Channels, kernel, stride of each convolution; units of the hidden layer.
+NATURE = (((32, 8, 4), (64, 4, 2), (64, 3, 1)), (512,))  # Mnih et al. 2015
+SMALL = (((16, 3, 1),), (128,))  # Young & Tian 2019 (MinAtar)
+
+
+class Pixels(nn.Module):
+    """Pixels [...] of 0 to 255, of any type, as numbers of 0 to 1 in the network's type."""
+
+    white: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("white", torch.tensor(255.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.white.dtype).div_(255.0) if x.dtype == torch.uint8 else x / self.white
+
+
+def observation_shape(config: Config, space: gym.Space) -> tuple[int, ...]:
+    """`(D,)` of flat observations, `(C, H, W)` of images.
+
+    Raises:
+        ValueError: one line, for spaces that our networks cannot read.
+    """
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return space.shape
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 3 or space.dtype != np.uint8:
+        raise ValueError(
+            f"{config.agent} needs flat Box observations or uint8 images; {config.env} has {space}"
+            ": choose another env"
+        )
+    channels, height, width = space.shape
+    if channels > min(height, width) or min(height, width) < 3:
+        raise ValueError(
+            f"{config.agent} needs images [channels, height, width] of at least 3x3 pixels, and "
+            f"{config.env} has {list(space.shape)}; put the channels first"
+        )
+    return space.shape
+
+
+def build_net(
+    config: Any,
+    shape: Sequence[int],
+    n_out: int,
+    hidden_init: Init,
+    output_init: Init,
+    generators: Sequence[torch.Generator],
+) -> nn.Sequential:
+    """The network that fits observations of `shape`, for S = len(generators) seeds.
+
+    An MLP [S, B, D] -> [S, B, n_out], or a CNN [S, B, C, H, W] -> [S, B, n_out].
+
+    Args:
+        config: has `net_arch` (widths of the hidden linear layers, in a CNN those after the
+            convolutions; None: `config.flat_arch`, or as the CNN was published) and `activation`
+            (of every hidden layer).
+        shape: from `observation_shape`.
+        n_out: outputs.
+        hidden_init, output_init: how weights are drawn; biases as they say.
+        generators: one CPU generator per copy, so that its weights do not depend on its company.
+    """
+    if len(shape) == 3:
+        return pixel_net(config, shape, n_out, hidden_init, output_init, generators)
+    widths = config.flat_arch if config.net_arch is None else config.net_arch
+    sizes = (*shape, *widths, n_out)
+    return MLP(len(generators), sizes, config.activation, hidden_init, output_init, generators)
+
+
+def pixel_net(
+    config: Any,
+    shape: Sequence[int],
+    n_out: int,
+    hidden_init: Init,
+    output_init: Init,
+    generators: Sequence[torch.Generator],
+) -> nn.Sequential:
+    """The Nature CNN, or a small one where images have a side of less than 36 pixels."""
+    layers, width = pixel_trunk(config, shape, hidden_init, generators)
+    copies = len(generators)
+    layers.append(BatchedLinear(copies, width, n_out, init=output_init, generators=generators))
+    return nn.Sequential(*layers)
+
+
+def pixel_trunk(
+    config: Any, shape: Sequence[int], init: Init, generators: Sequence[torch.Generator]
+) -> tuple[list[nn.Module], int]:
+    """All layers of a CNN but the output, and how many features they give."""
+    copies, (channels, height, width) = len(generators), shape
+    convolutions, published = NATURE if min(height, width) >= NATURE_SIDE else SMALL
+    layers: list[nn.Module] = [Pixels()]
+    for n_out, kernel, stride in convolutions:
+        layers += [
+            BatchedConv2d(
+                copies, channels, n_out, kernel, stride=stride, init=init, generators=generators
+            ),
+            ACTIVATIONS[config.activation](),
+        ]
+        height, width = ((side - kernel) // stride + 1 for side in (height, width))
+        channels = n_out
+    layers.append(nn.Flatten(2))
+    n_in = channels * height * width
+    for n_out in published if config.net_arch is None else config.net_arch:
+        layers += [
+            BatchedLinear(copies, n_in, n_out, init=init, generators=generators),
+            ACTIVATIONS[config.activation](),
+        ]
+        n_in = n_out
+    return layers, n_in
