@@ -117,12 +117,12 @@ def _preset(agent: str, name: str) -> Config:
     from perennial.agents.presets import PRESETS  # presets are built of the classes above
 
     if name not in PRESETS:
-        fitting = [key for key, preset in PRESETS.items() if preset.config.agent == agent]
+        fitting = [key for key, preset in PRESETS.items() if agent in preset.agents]
         raise UsageError(f"unknown preset {shown(name)}{nearest(str(name), fitting)}")
-    config = PRESETS[name].config
-    if config.agent != agent:
-        raise UsageError(f"preset {name!r} is for {config.agent}, not for {agent}")
-    return config
+    preset = PRESETS[name]
+    if agent not in preset.agents:
+        raise UsageError(f"preset {name!r} is for {' and '.join(preset.agents)}, not for {agent}")
+    return preset.config(agent)
 
 
 def _convert(field: dataclasses.Field[Any], value: Any) -> Any:

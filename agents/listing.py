@@ -57,7 +57,7 @@ def _presets() -> Iterator[str]:
     from perennial.agents.presets import PRESETS
 
     for name, preset in PRESETS.items():
-        yield f"{name}  {preset.config.agent}: {preset.help}"
+        yield f"{name}  {', '.join(preset.agents)}: {preset.help}"
         yield f"    {preset.source}"
 
 

@@ -1,4 +1,7 @@
-"""Published protocols as named starting points: `perennial train ppo --preset NAME`."""
+"""Published protocols as named starting points: `perennial train ppo --preset NAME`.
+
+A protocol that is about the environment has a configuration for each of several agents.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,20 @@ from perennial.agents.config import Config, PPOConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A configuration with the paper it comes from."""
+    """A protocol's configurations, one per agent, with the paper it comes from."""
 
-    config: Config
+    configs: tuple[Config, ...]
     help: str  # one line
     source: str
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that the protocol is for."""
+        return tuple(config.agent for config in self.configs)
+
+    def config(self, agent: str) -> Config:
+        """The configuration of one of `agents`."""
+        return next(config for config in self.configs if config.agent == agent)
 
 
 _NATURE = (
@@ -60,18 +72,18 @@ _NATURE_CBP = "cbp:rate=1e-4,maturity=10000,decay=0.99,utility=contribution,refe
 
 PRESETS: dict[str, Preset] = {
     "nature-slippery-ant-std": Preset(
-        _NATURE_STANDARD, "slippery ant, standard PPO: betas 0.9, 0.999", _NATURE
+        (_NATURE_STANDARD,), "slippery ant, standard PPO: betas 0.9, 0.999", _NATURE
     ),
     "nature-slippery-ant-ns": Preset(
-        _NATURE_TUNED, "slippery ant, PPO tuned for change: betas 0.99, 0.99", _NATURE
+        (_NATURE_TUNED,), "slippery ant, PPO tuned for change: betas 0.99, 0.99", _NATURE
     ),
     "nature-slippery-ant-l2": Preset(
-        dataclasses.replace(_NATURE_TUNED, plasticity=("l2:strength=1e-3",)),
+        (dataclasses.replace(_NATURE_TUNED, plasticity=("l2:strength=1e-3",)),),
         "slippery ant, tuned PPO with L2 1e-3",
         _NATURE,
     ),
     "nature-slippery-ant-cbp": Preset(
-        dataclasses.replace(_NATURE_TUNED, plasticity=("l2:strength=1e-4", _NATURE_CBP)),
+        (dataclasses.replace(_NATURE_TUNED, plasticity=("l2:strength=1e-4", _NATURE_CBP)),),
         "slippery ant, tuned PPO with L2 1e-4 and continual backpropagation",
         _NATURE,
     ),

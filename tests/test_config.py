@@ -158,7 +158,8 @@ def test_presets_are_the_published_table() -> None:
         "cbp": ((0.99, 0.99), ("l2:strength=1e-4", "cbp:rate=1e-4,maturity=10000,decay=0.99,"
                                "utility=contribution,reference=nature")),
     }  # fmt: skip
-    assert set(PRESETS) == {f"nature-slippery-ant-{arm}" for arm in arms}
+    nature = {name for name in PRESETS if name.startswith("nature-")}
+    assert nature == {f"nature-slippery-ant-{arm}" for arm in arms}
     for arm, (betas, plasticity) in arms.items():
         config = ppo(preset=f"nature-slippery-ant-{arm}")
         assert (config.betas, config.plasticity) == (betas, plasticity)
