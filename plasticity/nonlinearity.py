@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perennial.plasticity.copies import BatchedLinear
-from perennial.plasticity.units import CONVOLUTIONS, Site
+from perennial.plasticity.units import BATCHED, Site
 
 GRID = (-6.0, -2.5, -1.0, -0.3, 0.0, 0.2, 1.0, 2.0, 8.0)
 
@@ -54,7 +53,7 @@ def recognise(
 
 def _fill(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     values = torch.tensor(GRID, dtype=output.dtype, device=output.device)
-    rows = 1 if isinstance(module, BatchedLinear) else 0
+    rows = 1 if isinstance(module, BATCHED) else 0
     if output.shape[rows] != len(GRID):
         return output
     return values.view(*[1] * rows, -1, *[1] * (output.ndim - rows - 1)).expand_as(output).clone()
@@ -62,10 +61,7 @@ def _fill(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def _name(site: Site, x: Tensor) -> str:
     consumer = site.consumers[0]
-    if consumer.layer.batched:
-        x = x[0]
-    if isinstance(consumer.layer.module, CONVOLUTIONS):
-        x = x.movedim(1, -1)
+    x = consumer.layer.led(x)[0]
     if len(x) != len(GRID):
         return ""
     h = consumer.columns.gather(x).double()  # [rows, ..., n, k]

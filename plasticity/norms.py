@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.architecture import Trunk, require_rewritten
 from perennial.plasticity.base import Intervention, Stage
-from perennial.plasticity.copies import BatchedLinear
+from perennial.plasticity.copies import BatchedConv2d, BatchedLinear
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.units import CONVOLUTIONS, Units
 
@@ -63,18 +63,59 @@ class BatchedLayerNorm(nn.Module):
         return f"copies={self.copies}, n={self.n}, affine={affine}, eps={self.eps:g}"
 
 
+class BatchedImageNorm(nn.Module):
+    """`copies` norms over channels and positions of an image as one: gain and offset `[S, n]`.
+
+    Each image of each copy is normalised as a whole; `nn.GroupNorm(1, n)` of one copy.
+
+    Args:
+        copies: S.
+        n: channels of one copy.
+        affine: whether there are a gain (`weight`) and an offset (`bias`) per channel.
+        eps: added to the variance.
+
+    >>> BatchedImageNorm(3, 4)(torch.randn(3, 7, 4, 5, 5)).shape
+    torch.Size([3, 7, 4, 5, 5])
+    """
+
+    normalizes_units = True  # find_units looks through it, though it mixes units
+
+    def __init__(self, copies: int, n: int, *, affine: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        if min(copies, n) < 1:
+            raise ValueError(f"copies={copies} and n={n} must both be at least 1")
+        self.copies, self.n, self.eps = copies, n, eps
+        self.weight = nn.Parameter(torch.ones(copies, n)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(copies, n)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [S, B, n, H, W] -> [S, B, n, H, W]
+        if self.weight is None or self.bias is None:
+            return F.layer_norm(x, x.shape[2:], eps=self.eps)
+        if self.copies == 1:
+            return F.group_norm(x[0], 1, self.weight[0], self.bias[0], self.eps).unsqueeze(0)
+        normal = F.layer_norm(x, x.shape[2:], eps=self.eps)
+        gain, offset = (p[:, None, :, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(offset, normal, gain)
+
+    def extra_repr(self) -> str:
+        affine = self.weight is not None
+        return f"copies={self.copies}, n={self.n}, affine={affine}, eps={self.eps:g}"
+
+
 def norm_after(layer: nn.Module, affine: bool = True) -> nn.Module:
     """A fresh norm of one row's pre-activations, as `layer` puts them out, on its device.
 
     Linear layers: `nn.LayerNorm`, batched ones `BatchedLayerNorm`. Convolutions: one group over
-    channels and positions with a gain per channel (`nn.GroupNorm(1, channels)`), which needs no
-    image size.
+    channels and positions with a gain per channel (`nn.GroupNorm(1, channels)`, batched
+    `BatchedImageNorm`), which needs no image size.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
     norm: nn.Module
     if isinstance(layer, BatchedLinear):
         norm = BatchedLayerNorm(layer.copies, layer.n_out, affine=affine)
+    elif isinstance(layer, BatchedConv2d):
+        norm = BatchedImageNorm(layer.copies, layer.n_out, affine=affine)
     elif isinstance(layer, CONVOLUTIONS):
         norm = nn.GroupNorm(1, weight.shape[0], affine=affine)
     else:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.architecture import Trunk, require_rewritten
 from perennial.plasticity.base import Intervention, Stage
-from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.copies import Init
 from perennial.plasticity.fit import check_even
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.units import CONVOLUTIONS, WEIGHTED, Units
+from perennial.plasticity.units import BATCHED, CONVOLUTIONS, WEIGHTED, Units
 
 
 class CReLU(nn.Module):
@@ -150,7 +150,9 @@ def _pair(
         if more > 1 or fewer > 1:
             _resize(layer, more, fewer, generators)
     for hidden in trunk.hidden:
-        spatial = hidden.layer.weight.ndim - 2 if isinstance(hidden.layer, CONVOLUTIONS) else 0
+        layer = hidden.layer
+        lead = 3 if isinstance(layer, BATCHED) else 2
+        spatial = layer.weight.ndim - lead if isinstance(layer, CONVOLUTIONS) else 0
         trunk.places[hidden.activation_at] = [kind(-1 - spatial)]
     trunk.write()
     return bool(trunk.hidden)
@@ -158,7 +160,7 @@ def _pair(
 
 def _width(layer: Any) -> int:
     """Units of one copy."""
-    return int(layer.weight.shape[1 if isinstance(layer, BatchedLinear) else 0])
+    return int(layer.weight.shape[1 if isinstance(layer, BATCHED) else 0])
 
 
 def _reader(name: str, net: nn.Sequential, start: int) -> int:
@@ -180,11 +182,11 @@ def _resize(
 ) -> None:
     """A layer with `more` times the inputs and a `fewer`-th of the outputs, in place."""
     weight, bias = layer.weight, layer.bias
-    axis = 1 if isinstance(layer, BatchedLinear) else 0
+    axis = 1 if isinstance(layer, BATCHED) else 0
     shape = list(weight.shape)
     shape[axis], shape[axis + 1] = shape[axis] // fewer, shape[axis + 1] * more
     n_out, n_in = shape[axis], shape[axis + 1]
-    if isinstance(layer, BatchedLinear):
+    if isinstance(layer, BATCHED):
         layer.n_in, layer.n_out = n_in, n_out
     elif isinstance(layer, nn.Linear):
         layer.in_features, layer.out_features = n_in, n_out
@@ -197,7 +199,7 @@ def _resize(
     if more > 1:
         layer.weight = nn.Parameter(weight.new_empty(shape))
     init = getattr(layer, "init", None)
-    if isinstance(layer, BatchedLinear):
+    if isinstance(layer, BATCHED):
         layer.reset_parameters(generators)
     elif isinstance(init, Init):
         layer.weight.copy_(init.draw_weight(shape))

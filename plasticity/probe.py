@@ -47,7 +47,7 @@ def find_units(
     they were.
 
     Args:
-        model: any module; Linear, Conv and BatchedLinear layers are looked at.
+        model: any module; Linear and Conv layers, batched or not, are looked at.
         example: a batch (tensor, or nest of tensors) that `forward` takes; tiled or cut to the rows
             that are needed. Batched models take `[S, B, ...]`, others `[B, ...]`.
         forward: how to call the model; default `model(example)`, `model(*example)` for a tuple.
@@ -66,9 +66,7 @@ def find_units(
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED)}
     if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no Linear, Conv or BatchedLinear layer: no units to find"
-        )
+        raise ValueError(f"{type(model).__name__} has no Linear or Conv layer: no units to find")
     known = dict(edges or {})
     skipped = {*skip, *(source for source, _ in known)}
     for name in {*skipped, *(consumer for _, consumer in known)}:
@@ -143,10 +141,10 @@ class _Probe:
     def poison(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         self.calls += 1
         output = torch.zeros_like(output)
-        if isinstance(module, CONVOLUTIONS):
-            output[self.rows, self.units] = torch.nan
-        elif self.layer.batched:
+        if self.layer.batched:
             output[:, self.rows, self.units] = torch.nan
+        elif isinstance(module, CONVOLUTIONS):
+            output[self.rows, self.units] = torch.nan
         else:
             output[self.rows, ..., self.units] = torch.nan
         return output
@@ -190,10 +188,10 @@ class _Probe:
 
 def _features(bad: Tensor, layer: Layer) -> Tensor:
     """Which features are NaN in which row of the batch, of a layer's input: `[rows, features]`."""
-    if isinstance(layer.module, CONVOLUTIONS):
-        return bad.flatten(2).any(2)
     if layer.batched:
         bad = bad[0]
+    if isinstance(layer.module, CONVOLUTIONS):
+        return bad.flatten(2).any(2)
     return bad.flatten(1, -2).any(1) if bad.ndim > 2 else bad
 
 

@@ -72,10 +72,11 @@ class SphereStem(nn.Module):
 
     def __init__(self, linear: nn.Module, scaler: Scaler) -> None:
         super().__init__()
-        self.linear, self.scaler, self.sphere = linear, scaler, UnitSphere()
+        self.linear, self.scaler = linear, scaler
+        self.entry, self.sphere = UnitSphere(), UnitSphere()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(F.pad(x, (0, 1), value=_SHIFT), dim=-1, eps=1e-8)
+        x = self.entry(F.pad(x, (0, 1), value=_SHIFT))
         return self.sphere(self.scaler(self.linear(x)))  # type: ignore[no-any-return]
 
 

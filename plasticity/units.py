@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.copies import BatchedConv2d, BatchedLinear, Init
 from perennial.plasticity.references import References
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WEIGHTED = (nn.Linear, *CONVOLUTIONS, BatchedLinear)
+BATCHED = (BatchedLinear, BatchedConv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, BatchedConv2d)
+WEIGHTED = (nn.Linear, BatchedLinear, *CONVOLUTIONS)
 
 
 def sum_rows(x: Tensor, out: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         # Whether weight and bias carry the copies axis.
-        object.__setattr__(self, "batched", isinstance(self.module, BatchedLinear))
+        object.__setattr__(self, "batched", isinstance(self.module, BATCHED))
 
     @property
     def net(self) -> str:
@@ -66,6 +67,11 @@ class Layer:
     @property
     def fan_in(self) -> int:
         return self.weight[0, 0].numel()
+
+    def led(self, x: Tensor) -> Tensor:
+        """What the layer is given or gives, copies first and units last: `[S, B, ..., n]`."""
+        x = x if self.batched else x.unsqueeze(0)
+        return x.movedim(2, -1) if isinstance(self.module, CONVOLUTIONS) else x
 
     @property
     def fan_out(self) -> int:
@@ -187,11 +193,8 @@ class Site:
                 f"no activations of {self.name!r} yet: run a training forward (gradients enabled) "
                 f"after find_units, or one inside units.recording()"
             )
-        consumer, x = self.consumers[0], self.raw
-        if isinstance(consumer.layer.module, CONVOLUTIONS):
-            x = x.movedim(1, -1)
-        if not consumer.layer.batched:
-            x = x.unsqueeze(0)
+        consumer = self.consumers[0]
+        x = consumer.layer.led(self.raw)
         if x.ndim > 3:
             x = x.flatten(1, -2)
         return consumer.columns.gather(x)
@@ -340,8 +343,7 @@ class Units:
 @torch.no_grad()
 def _summarise(site: Site, module: nn.Module, inputs: Any, output: Tensor) -> None:
     """Note mean and deviation of a producer's output; now, as it may be changed in place."""
-    x = output.movedim(1, -1) if isinstance(module, CONVOLUTIONS) else output
-    x = (x if site.producer.batched else x.unsqueeze(0)).detach()
+    x = site.producer.led(output.detach())
     x = x.flatten(1, -2) if x.ndim > 3 else x
     mean = x.mean(1)
     site.preactivation = mean, (x - mean.unsqueeze(1)).square_().mean(1).sqrt_()

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from perennial.plasticity import BatchedAdam, BatchedLinear, Handle, Init, attach, find_units
+from perennial.plasticity import (
+    BatchedAdam,
+    BatchedConv2d,
+    BatchedLinear,
+    Handle,
+    Init,
+    attach,
+    find_units,
+)
 from perennial.plasticity.architecture import rewrite, rewriters
 from perennial.plasticity.registry import METHODS
 
@@ -171,6 +179,41 @@ def convolutional(seeds: Sequence[int], dtype: torch.dtype) -> nn.Module:
         return Image(dtype)
 
 
+class Images(nn.Module):
+    """The same for several seeds: rows `[S, B, 3]`."""
+
+    def __init__(self, seeds: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        copies, init = len(seeds), Init("lecun-uniform")
+        draw = {"init": init, "generators": [torch.Generator().manual_seed(s) for s in seeds]}
+        self.net = nn.Sequential(
+            BatchedConv2d(copies, 1, 4, 3, **draw), nn.ReLU(),
+            BatchedConv2d(copies, 4, 6, 2, stride=2, **draw), nn.ReLU(), nn.Flatten(2),
+            BatchedLinear(copies, 24, 8, **draw), nn.ReLU(), BatchedLinear(copies, 8, 2, **draw),
+        ).to(dtype)  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.repeat(1, 1, 2)
+        return self.net((x[:, :, None, :, None] * x[:, :, None, None]).sin())
+
+
+def batched_images(seeds: Sequence[int], dtype: torch.dtype) -> nn.Module:
+    """Convolutions for several seeds."""
+    return Images(seeds, dtype)
+
+
+def images(seeds: Sequence[int], dtype: torch.dtype) -> nn.Module:
+    """The same for one seed with torch's own layers, and the same weights."""
+    net = convolutional(seeds, dtype)
+    theirs = batched_images(seeds, dtype)
+    for p, q in zip(net.parameters(), theirs.parameters(), strict=True):
+        p.data.copy_(q.data[0])
+    for module in net.modules():
+        if hasattr(module, "weight"):
+            module.init = Init("lecun-uniform")  # type: ignore[assignment]
+    return net
+
+
 def batches(seeds: Sequence[int], steps: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Every seed's own data, `[S, 16, 3]` per step."""
     streams = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
@@ -201,7 +244,7 @@ class Run:
         attached: bool = True,
     ) -> None:
         self.seeds = seeds
-        self.stacked = network in (batched, shallow)
+        self.stacked = network in (batched, shallow, batched_images)
         self.net = network(seeds, dtype)
         if rewriters(specs):
             generators = [torch.Generator().manual_seed(100 + seed) for seed in seeds]

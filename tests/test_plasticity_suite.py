@@ -27,8 +27,10 @@ from tests.plasticity_cases import (
     acting,
     adam,
     batched,
+    batched_images,
     batches,
     convolutional,
+    images,
     method_of,
     plain,
     sgd,
@@ -149,15 +151,18 @@ def test_state_of_convolutions_under_torchs_adam_continues_bit_for_bit(spec: str
     same(again.train(data[13:]).tensors(), whole.tensors())
 
 
+@pytest.mark.parametrize("network", [batched, batched_images])
 @every_method
-def test_seeds_side_by_side_equal_seeds_alone_also_when_some_stand_still(spec: str) -> None:
+def test_seeds_side_by_side_equal_seeds_alone_also_when_some_stand_still(
+    spec: str, network: Callable[..., nn.Module]
+) -> None:
     seeds, steps = (4, 0, 9), 36
     data = batches(seeds, steps)
 
     def moves(place: int, step: int) -> bool:
         return not (step % 4 == 1 and place == 1) and not (step in (6, 13, 20) and place != 1)
 
-    together = Run([spec], seeds)
+    together = Run([spec], seeds, network=network)
     for step, x in enumerate(data):
         active = [moves(place, step) for place in range(3)]
         if step in (9, 22):
@@ -171,7 +176,7 @@ def test_seeds_side_by_side_equal_seeds_alone_also_when_some_stand_still(spec: s
                 for key, value in before.items():
                     assert step == 0 or torch.equal(value[place], after[key][place]), key
     for place, seed in enumerate(seeds):
-        alone = Run([spec], (seed,))
+        alone = Run([spec], (seed,), network=network)
         for step, x in enumerate(batches((seed,), steps)):
             if step in (9, 22):
                 alone.handle.on_change()
@@ -185,11 +190,16 @@ def test_seeds_side_by_side_equal_seeds_alone_also_when_some_stand_still(spec: s
                 assert torch.equal(a[place], b[0]), key
 
 
+@pytest.mark.parametrize(
+    "networks", [(batched, plain), (batched_images, images)], ids=["linear", "images"]
+)
 @every_method
-def test_plain_layers_with_torchs_adam_equal_one_batched_copy(spec: str) -> None:
+def test_plain_layers_with_torchs_adam_equal_one_batched_copy(
+    spec: str, networks: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
+) -> None:
     data = batches((5,), 25)
-    ours = Run([spec], (5,))
-    theirs = Run([spec], (5,), optimizer=adam, network=plain, attached=False)
+    ours = Run([spec], (5,), network=networks[0])
+    theirs = Run([spec], (5,), optimizer=adam, network=networks[1], attached=False)
     for p, q in zip(theirs.net.parameters(), ours.net.parameters(), strict=True):
         assert p.shape == q.shape[1:]
         p.data.copy_(q.data[0])
