@@ -122,7 +122,7 @@ class SAC:
     def restart(self, copy: int, observations: np.ndarray) -> None:
         """Go on from new episodes of one seed, first observations [E, D]."""
         self.latest[copy] = observations
-        self.replay.start(self.latest)
+        self.replay.restart(copy, self.latest[copy])
 
     def advance(
         self,
@@ -177,10 +177,11 @@ class SAC:
         episodes.rollout(raw)
         self.latest = obs.reshape(self.latest.shape).astype(self.latest.dtype)
         tasks = [envs.task_of(c)[0] for c in range(lead[0])]  # type: ignore[attr-defined]
+        bound = config.clips_rewards
         self.replay.add(
             tasks,
             actions,
-            raw.reshape(lead),
+            (raw if bound is None else np.clip(raw, -bound, bound)).reshape(lead),
             terminated.reshape(lead),
             ended.reshape(lead),
             self.latest,
@@ -229,7 +230,9 @@ class SAC:
     def learn(self, sample: Sample, noise: Tensor) -> dict[str, Tensor]:
         """Learn from a sample with the actor's noise [S, 2, B, A]; `train/*` values [S]."""
         config, like = self.config, self.log_ent_coef
-        obs, actions, rewards, discounts, following = (torch.from_numpy(x).to(like) for x in sample)
+        obs, actions, rewards, discounts, following = (
+            torch.from_numpy(x).to(like) for x in sample[:5]
+        )
         noise = noise.to(like)
         record = self.units.record if self.handle.observes else None
         output, next_output = self.aside.pair(

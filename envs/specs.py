@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perennial.envs import schedules
-from perennial.envs.atari_games import ATARI_PARAMS, check_atari
+from perennial.envs.atari_games import ATARI_PARAMS, Tour, check_atari, make_entries
 from perennial.envs.params import Param, nearest
 
 
@@ -162,6 +162,34 @@ def check_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
         parsed[name] = params[name].parse(value)
     entry.check({**entry.defaults, **parsed})
     return parsed
+
+
+def game_names(env_id: str, args: Mapping[str, Any]) -> tuple[str, ...]:
+    """The games that come round, as the log calls them; () where an environment has none."""
+    if env_id != "perennial/AtariSwitch-v0":
+        return ()
+    return tuple(entry.name for entry in make_entries({**ENVS[env_id].defaults, **args}))
+
+
+def task_names(env_id: str, args: Mapping[str, Any], seed: int) -> Callable[[int], str] | None:
+    """Task of the seed's schedule -> one of `game_names`; None where there are none.
+
+    Args:
+        env_id: An environment's id.
+        args: Its parameters, as `check_args` returns them.
+        seed: The schedule's seed.
+    """
+    if not game_names(env_id, args):
+        return None
+    tour = Tour({**ENVS[env_id].defaults, **args}, seed)
+    return lambda task: tour.entry(task).name
+
+
+def frame_stack(env_id: str, args: Mapping[str, Any]) -> int:
+    """How many frames an observation stacks along its first axis, the newest last; 0: none."""
+    if env_id != "perennial/AtariSwitch-v0":
+        return 0
+    return int(args.get("stack", ENVS[env_id].defaults["stack"]))
 
 
 def block_size(num_envs: int, seeds: int) -> int:

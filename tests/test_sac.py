@@ -187,7 +187,7 @@ def test_two_threads_and_seeds_in_company_change_nothing(value_loss):
         noise = torch.from_numpy(rng.normal(size=(1, 2, 16, 1)))
         for agent in agents:
             copies = len(agent.seeds)
-            several = Sample(*(np.repeat(x, copies, 0) for x in sample))
+            several = Sample(*(np.repeat(x, copies, 0) for x in sample[:5]))
             agent.learn(several, noise.expand(copies, -1, -1, -1))
     for place, agent in ((0, agents[1]), (1, agents[2])):
         for a, b in zip(agents[0].actor.parameters(), agent.actor.parameters(), strict=True):
