@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from perennial.agents.dqn_config import DQNConfig
 from perennial.agents.options import Kind, nearest, shown
 from perennial.agents.ppo_config import PPOConfig
 from perennial.agents.sac_config import SACConfig
@@ -23,6 +24,7 @@ from perennial.agents.settings import EQUAL_BETAS, Config, UsageError
 __all__ = [
     "AGENTS",
     "Config",
+    "DQNConfig",
     "PPOConfig",
     "SACConfig",
     "UsageError",
@@ -35,7 +37,7 @@ __all__ = [
 
 _NOT_OPTIONS = ("agent", "versions", "grouping", "threads")  # what else config.json holds
 
-AGENTS: dict[str, type[Config]] = {c.agent: c for c in (PPOConfig, SACConfig)}
+AGENTS: dict[str, type[Config]] = {c.agent: c for c in (PPOConfig, SACConfig, DQNConfig)}
 
 
 def fields_of(agent: str) -> dict[str, dataclasses.Field[Any]]:
@@ -148,6 +150,11 @@ def _resolve(config: Config, betas_given: bool) -> Config:
     """Check the environment's arguments and the methods' parameters; resolve what is sugar."""
     from perennial.envs.specs import check_args, check_env
 
+    if not config.env:
+        raise UsageError(
+            f"{config.agent} needs --env, an environment such as CartPole-v1 or "
+            "perennial/AtariSwitch-v0"
+        )
     changes: dict[str, Any] = {}
     try:
         check_env(config.env)

@@ -1,0 +1,85 @@
+"""Networks of action values, plain or dueling, and their passes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perennial.agents.config import DQNConfig
+from perennial.agents.convnets import build_net
+from perennial.agents.networks import Passes, WrittenOut
+from perennial.plasticity.architecture import rewrite
+from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.units import WEIGHTED
+
+NET = "q_net"  # what metrics call it
+
+
+class Dueling(nn.Module):
+    """Two streams in place of the last two layers: Q = V + A - mean of A over actions.
+
+    Wang et al., "Dueling network architectures for deep reinforcement learning", 2016
+    (arXiv 1511.06581). For distributions the sum is of each of their m outputs. The paper's scaling
+    of the trunk's gradient by 1/sqrt(2) is left out.
+    """
+
+    def __init__(self, net: nn.Sequential, outputs: int, generators: Sequence[torch.Generator]):
+        """`net` ends in linear, activation, linear with n * m outputs; its parts are taken over.
+
+        outputs: m per action.
+        """
+        super().__init__()
+        *trunk, hidden, activation, last = net
+        assert isinstance(hidden, BatchedLinear) and isinstance(last, BatchedLinear)
+        self.actions = last.n_out // outputs
+        self.trunk = nn.Sequential(*trunk)
+        self.value = nn.Sequential(
+            _like(hidden, hidden.n_out, generators),
+            type(activation)(),
+            _like(last, outputs, generators),
+        )
+        self.advantage = nn.Sequential(hidden, activation, last)
+
+    def forward(self, x: Tensor) -> Tensor:  # [S, B, *D] -> [S, B, n * m]
+        features = self.trunk(x)
+        value = self.value(features).unsqueeze(-2)
+        advantage = self.advantage(features).unflatten(-1, (self.actions, -1))
+        return (advantage + (value - advantage.mean(-2, keepdim=True))).flatten(-2)
+
+
+def _like(layer: BatchedLinear, n_out: int, generators: Sequence[torch.Generator]) -> BatchedLinear:
+    return BatchedLinear(layer.copies, layer.n_in, n_out, init=layer.init, generators=generators)
+
+
+def build_q_net(
+    config: DQNConfig,
+    shape: Sequence[int],
+    actions: int,
+    outputs: int,
+    generators: Sequence[torch.Generator],
+) -> nn.Module:
+    """Network [S, B, *shape] -> [S, B, actions * outputs], with the methods that change networks.
+
+    outputs: m per action, of the value loss. Weights are drawn as SB3's are: torch's default.
+    """
+    init = Init("torch-default", bias="torch-default")
+    plain = build_net(config, shape, actions * outputs, init, init, generators)
+    net = Dueling(plain, outputs, generators) if config.dueling else plain
+    return rewrite(net, config.interventions, generators=generators)
+
+
+def layer_keys(net: nn.Module) -> dict[str, str]:
+    """What metrics call each layer: `q_net/0`, `q_net/1`, ..."""
+    layers = (name for name, module in net.named_modules() if isinstance(module, WEIGHTED))
+    return {name: f"{NET}/{k}" for k, name in zip(itertools.count(), layers)}
+
+
+def look(passes: Passes, x: Tensor) -> Tensor:
+    """Output [S, B, n * m] of a forward that nothing is learned from and no method sees."""
+    if isinstance(passes, WrittenOut):
+        return passes.forward(x)
+    with torch.no_grad():
+        return passes.net(x)  # type: ignore[no-any-return]
