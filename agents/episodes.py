@@ -34,6 +34,8 @@ class Episodes:
         self.task_sums: list[tuple[int, float, int]] = [
             (0, 0.0, 0)
         ] * copies  # task, sum of returns, count
+        #: Of every seed the highest return so far; the lowest while none was above 0.
+        self.peaks = [0.0] * copies
 
     def end(self, t: int, rewards: np.ndarray, ended: np.ndarray, infos: dict[str, Any]) -> None:
         """Finish the episodes of lanes `ended` [N] at step t of a rollout with rewards [T, N]."""
@@ -54,6 +56,8 @@ class Episodes:
             if episode.task == task:
                 total, count = total + episode.ret, count + 1
             self.task_sums[copy] = task, total, count
+            highest = max(self.peaks[copy], episode.ret)
+            self.peaks[copy] = highest if highest > 0 else min(self.peaks[copy], episode.ret)
         self.returns[ended] = 0.0
         self.begun[ended] = t + 1
 
@@ -89,6 +93,15 @@ class Episodes:
             averages["task/return"] = total / count
         return averages
 
+    def latest(self, copy: int) -> tuple[int, float] | None:
+        """The newest task with a finished episode, and the mean return of its last, up to 100."""
+        recent = self.recent[copy]
+        if not recent:
+            return None
+        task = max(e.task for e in recent)
+        returns = [e.ret for e in recent if e.task == task]
+        return task, sum(returns) / len(returns)
+
     def state(self, copy: int) -> dict[str, Any]:
         """One seed's counters; call after `take`."""
         rows = slice(copy * self.lanes, (copy + 1) * self.lanes)
@@ -98,6 +111,7 @@ class Episodes:
             "begun": self.begun[rows].copy(),
             "recent": [list(e) for e in self.recent[copy]],
             "task_sums": list(self.task_sums[copy]),
+            "peak": self.peaks[copy],
         }
 
     def load_state(self, copy: int, state: dict[str, Any]) -> None:
@@ -109,3 +123,4 @@ class Episodes:
         self.recent[copy] = deque((Episode(*e) for e in state["recent"]), maxlen=_WINDOW)
         task, total, count = state["task_sums"]
         self.task_sums[copy] = task, total, count
+        self.peaks[copy] = state.get("peak", 0.0)

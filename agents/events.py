@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 # chart, so they are few.
 _NET = "plasticity/[^/]+"
 CHARTS: dict[str, tuple[str, ...]] = {
-    "return": ("rollout/ep_rew_mean$", "task/return$"),
+    "return": ("rollout/ep_rew_mean$", "task/return$", "task/change$"),
     "task": ("task/index$",),
-    "task parameters": ("task/(?!index$|return$)",),
+    "task parameters": ("task/(?!index$|return$|change$)",),
     "dormant units": (f"{_NET}/dormant_fraction$",),
     "dormant units by layer": (f"{_NET}/[^/]+/dormant_fraction$",),
     "dead units": (f"{_NET}/dead_fraction$",),
@@ -42,6 +43,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "gradient norm": (f"{_NET}/gradient_norm$",),
     "units reset": ("intervention/.*/units_reset$",),
 }
+_GAMES = 12  # with more games than these, one chart shows them all
 # What the hparams table shows beside the options: tags, so that it holds the latest values.
 HPARAM_METRICS = (
     "rollout/ep_rew_mean",
@@ -102,11 +104,21 @@ def scalars(values: Mapping[str, float]) -> Summary:
     return Summary(value=[Summary.Value(tag=t, simple_value=float(v)) for t, v in values.items()])
 
 
-def continual_page() -> Summary:
-    """The custom-scalars page "Continual": return, task and correlates side by side."""
+def charts_of(games: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """`CHARTS`, and after the task one of each game: their points are of different sizes."""
+    rows = [(f"return in {game}", (f"game/{re.escape(game)}/return$",)) for game in games]
+    if len(rows) > _GAMES:
+        rows = [("return by game", ("game/[^/]+/return$",))]
+    shown = {title: (*tags, "task/change$") for title, tags in rows}
+    (first, tags), (second, tasks), *rest = CHARTS.items()
+    return {first: tags, second: tasks, **shown, **dict(rest)}
+
+
+def continual_page(games: Sequence[str] = ()) -> Summary:
+    """The custom-scalars page "Continual": returns, task and correlates side by side."""
     charts = [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
-        for title, tags in CHARTS.items()
+        for title, tags in charts_of(games).items()
     ]
     layout = layout_pb2.Layout(category=[layout_pb2.Category(title="Continual", chart=charts)])
     content = layout.SerializeToString()

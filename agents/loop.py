@@ -12,15 +12,17 @@ import numpy as np
 
 from perennial.agents.checkpoint import newest_checkpoint, write_checkpoint
 from perennial.agents.config import Config, UsageError
+from perennial.agents.dqn import DQN
 from perennial.agents.episodes import Episodes
 from perennial.agents.ppo import PPO
 from perennial.agents.record import SeedRecorder
 from perennial.agents.sac import SAC
 from perennial.agents.streams import environment_seeds
+from perennial.envs.specs import ENVS, task_names
 from perennial.envs.vector import make_vec
 
 Report = Callable[[dict[str, Any]], None]
-AGENTS: dict[str, Any] = {"ppo": PPO, "sac": SAC}
+AGENTS: dict[str, Any] = {"ppo": PPO, "sac": SAC, "dqn": DQN}
 
 
 class TrainingError(RuntimeError):
@@ -103,6 +105,8 @@ class Group:
         found = newest_checkpoint(self.seed_dirs, warn=lambda text: report({"warning": text}))
         self.saved = found[0] if found else 0
         self.tasks = [0] * len(seeds)
+        self.changed: list[int | None] = [None] * len(seeds)  # env_steps at the latest change
+        self.names = [task_names(config.env, config.env_args, seed) for seed in seeds]
         observations, _ = self.envs.reset(
             seed=[x for s in seeds for x in environment_seeds(s, config.num_envs)]  # type: ignore[arg-type]
         )
@@ -110,7 +114,7 @@ class Group:
         for copy, tree in enumerate(found[1] if found else []):
             self.agent.load_state(copy, tree["agent"])
             self.episodes.load_state(copy, tree["episodes"])
-            self.tasks[copy] = tree["task"]
+            self.tasks[copy], self.changed[copy] = tree["task"], tree.get("changed")
             fresh = self.envs.set_state(copy, tree["environments"])  # type: ignore[attr-defined]
             if fresh is not None:
                 self.agent.restart(copy, fresh)
@@ -143,6 +147,8 @@ class Group:
         changed = [now != before for now, before in zip(tasks, self.tasks, strict=True)]
         if any(changed):
             self.agent.on_change(changed)
+        for copy in np.flatnonzero(changed).tolist():
+            self.changed[copy] = self.episodes.env_steps
         self.tasks = tasks
 
     def check(self, losses: dict[str, np.ndarray]) -> None:
@@ -175,25 +181,39 @@ class Group:
         steps = self.episodes.env_steps
         self._write_episodes()
         for copy, (seed, recorder) in enumerate(zip(self.seeds, self.recorders, strict=True)):
-            task, parameters = self.envs.task_of(copy)  # type: ignore[attr-defined]
             averages = self.episodes.averages(copy)
             measured = {tag: float(values[copy]) for tag, values in correlates.items()}
             if recorder.due(steps):
-                measured |= averages | {f"task/{name}": value for name, value in parameters.items()}
+                measured |= averages | self._task_scalars(copy) | {"time/fps": fps}
                 measured |= {
                     f"train/{name}": float(values[copy]) for name, values in losses.items()
                 }
-                measured |= {"task/index": task, "time/fps": fps}
             recorder.scalars(steps, measured)
             self.report(
                 {
                     "seed": seed,
                     "env_steps": steps,
-                    "task": task,
+                    "task": self.tasks[copy],
                     "fps": fps,
                     "return": averages.get("rollout/ep_rew_mean"),
                 }
             )
+
+    def _task_scalars(self, copy: int) -> dict[str, float]:
+        """Where the seed's schedule is, a mark where it changed, and how its latest game goes.
+
+        TensorBoard has no marks of its own: `task/change` is 0, and for half a percent of the run
+        as high as the highest return so far, a line across any chart of returns.
+        """
+        task, parameters = self.envs.task_of(copy)  # type: ignore[attr-defined]
+        values = {"task/index": task} | {f"task/{name}": v for name, v in parameters.items()}
+        since, latest, name = self.changed[copy], self.episodes.latest(copy), self.names[copy]
+        if self.config.env in ENVS:
+            fresh = since is not None and self.episodes.env_steps - since <= self.config.steps / 200
+            values["task/change"] = self.episodes.peaks[copy] if fresh else 0.0
+        if name is not None and latest is not None:
+            values[f"game/{name(latest[0])}/return"] = latest[1]
+        return values
 
     def _write_episodes(self) -> None:
         for copy, recorder in enumerate(self.recorders):
@@ -216,6 +236,7 @@ class Group:
                 {
                     "agent": self.agent.state(copy),
                     "task": self.tasks[copy],
+                    "changed": self.changed[copy],
                     "episodes": self.episodes.state(copy),
                     "environments": self.envs.get_state(copy),  # type: ignore[attr-defined]
                 },

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from perennial.agents import events
 from perennial.agents.config import Config, to_json
+from perennial.envs.specs import game_names
 
 COLUMNS = "env_steps,task,return,length"
 _POINTS = 10_000
@@ -52,7 +53,8 @@ class SeedRecorder:
             seed = int(self.seed_dir.name.rpartition("-")[2])
             for summary in events.hparams(hparams_of(config, seed)):
                 self._events.write(0, summary)
-            self._events.write(0, events.continual_page())
+            games = game_names(config.env, config.env_args)
+            self._events.write(0, events.continual_page(games))
             self._events.write(0, events.config_text(to_json(config)))
         self._csv_path = self.seed_dir / "episodes.csv"
         if resume_step is None:

@@ -95,6 +95,12 @@ class Entry:
     difficulty: int | None
 
     @property
+    def name(self) -> str:
+        """What the log calls it: Pong, or Pong-mode-1-difficulty-0 as far as these are given."""
+        parts = [("mode", self.mode), ("difficulty", self.difficulty)]
+        return self.game + "".join(f"-{part}-{n}" for part, n in parts if n is not None)
+
+    @property
     def params(self) -> dict[str, float]:
         """What `info["task_params"]` says of it."""
         return {

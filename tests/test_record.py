@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -17,13 +18,16 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from perennial.agents import events
 from perennial.agents.config import PPOConfig, from_json
+from perennial.agents.episodes import Episodes
 from perennial.agents.record import SeedRecorder, hparams_of
+from perennial.envs.specs import game_names
 
 CONFIG = PPOConfig(steps=100_000, n_steps=1000, batch_size=100, metrics_every=3000)
 # Tags of every kind that the contract names.
 TAGS = [
     "rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "train/value_loss", "task/index",
-    "task/friction", "task/return", "plasticity/policy/dormant_fraction",
+    "task/friction", "task/return", "task/change", "game/Pong/return",
+    "game/Breakout-mode-4/return", "plasticity/policy/dormant_fraction",
     "plasticity/value/dormant_fraction", "plasticity/policy/dormant_fraction_0.1",
     "plasticity/policy/0/dormant_fraction", "plasticity/value/1/dormant_fraction",
     "plasticity/policy/dead_fraction", "plasticity/policy/effective_rank",
@@ -98,7 +102,7 @@ def test_charts_show_the_tags_of_the_contract() -> None:
     def shown(chart: str) -> set[str]:
         return {tag for tag in TAGS if any(re.match(regex, tag) for regex in events.CHARTS[chart])}
 
-    assert shown("return") == {"rollout/ep_rew_mean", "task/return"}
+    assert shown("return") == {"rollout/ep_rew_mean", "task/return", "task/change"}
     assert shown("task") == {"task/index"}
     assert shown("task parameters") == {"task/friction"}
     assert shown("dormant units") == {
@@ -109,6 +113,48 @@ def test_charts_show_the_tags_of_the_contract() -> None:
     }  # fmt: skip
     assert shown("units reset") == {"intervention/cbp/units_reset"}
     assert all(shown(chart) for chart in events.CHARTS)
+
+
+def test_every_game_has_a_chart_with_the_marks_of_changes(tmp_path: Path) -> None:
+    args = {"games": ("Pong", "Breakout"), "change_every": 5000}
+    config = PPOConfig(env="perennial/AtariSwitch-v0", env_args=args, n_steps=1000)
+    SeedRecorder(seed_dir(tmp_path), config, None).close()
+    layout = layout_pb2.Layout()
+    tensor = read(tmp_path / "seed-3").Tensors("custom_scalars__config__")[0].tensor_proto
+    layout.ParseFromString(tensor.string_val[0])
+    charts = {chart.title: chart.multiline.tag for chart in layout.category[0].chart}
+    assert list(charts)[:4] == ["return", "task", "return in Pong", "return in Breakout"]
+    shown = {tag for tag in TAGS if any(re.match(regex, tag) for regex in charts["return in Pong"])}
+    assert shown == {"game/Pong/return", "task/change"}
+    modes = game_names(config.env, {"games": ("Breakout",), "modes": (0, 4), "difficulties": (1,)})
+    assert modes == ("Breakout-mode-0-difficulty-1", "Breakout-mode-4-difficulty-1")
+    assert game_names("perennial/SlipperyAnt-v0", {}) == game_names("Pendulum-v1", {}) == ()
+    many = events.charts_of([f"Game{k}" for k in range(20)])
+    assert many["return by game"] == ("game/[^/]+/return$", "task/change$")
+    assert len(many) == len(events.CHARTS) + 1
+
+
+def test_episodes_by_game_and_the_height_of_marks_go_on_after_a_resume() -> None:
+    def end(episodes: Episodes, ret: float, task: int) -> None:
+        infos = {"final_info": {"task": np.array([task])}}
+        episodes.end(0, np.array([[ret]]), np.array([True]), infos)
+        episodes.rollout(np.array([[ret]]))
+
+    episodes = Episodes(1, 1)
+    assert episodes.latest(0) is None
+    for ret, task, latest, peak in (
+        (-20.0, 0, (0, -20.0), -20.0),
+        (-10.0, 0, (0, -15.0), -20.0),
+        (300.0, 1, (1, 300.0), 300.0),
+        (-5.0, 0, (1, 300.0), 300.0),  # a lane that ended its old game late
+        (100.0, 1, (1, 200.0), 300.0),
+    ):
+        end(episodes, ret, task)
+        assert (episodes.latest(0), episodes.peaks[0]) == (latest, peak)
+        episodes.take(0)
+        resumed = Episodes(1, 1)
+        resumed.load_state(0, episodes.state(0))
+        episodes = resumed
 
 
 def test_hparams_are_few_flat_and_alike_in_all_runs() -> None:
