@@ -7,6 +7,7 @@ row, so it is kept beside. Of a terminated episode it is never asked.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Whole:
     def at(self, rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """Observations [S, B, *D] in rows and lanes [S, B]."""
         slots = _slots(self.stored, rows % self.rows, lanes)
-        flat = self.stored.reshape(-1, int(np.prod(self.shape)))
+        flat = self.stored.reshape(-1, math.prod(self.shape))
         return flat.take(slots, 0).reshape(*slots.shape, *self.shape)
 
     def after(self, rows: np.ndarray, lanes: np.ndarray, cut: np.ndarray) -> np.ndarray:
@@ -149,7 +150,7 @@ class Stacked:
         earlier = (rows[..., None] - steps) % self.rows
         places = _slots(self.frames, earlier, lanes[..., None])
         shape = self.frames.shape[3:]
-        frames = self.frames.reshape(-1, int(np.prod(shape))).take(places, 0)
+        frames = self.frames.reshape(-1, math.prod(shape)).take(places, 0)
         before = back > ages
         if before.any():
             frames[before & ~self.repeats.reshape(-1).take(slots)[..., None]] = 0

@@ -77,18 +77,20 @@ class Priorities:
         copies, batch = uniform.shape
         total = self.levels[-1][:, 0].cumsum(-1)[:, -1:]  # [S, 1]
         left = (np.arange(batch) + uniform) / batch * total
-        node = np.zeros((copies, batch), np.intp)
-        seed = np.arange(copies)[:, None]
+        left = left.reshape(-1)
+        seed = np.arange(copies).repeat(batch)
+        node, start = np.zeros_like(seed), np.arange(len(seed)) * _WIDTH
         for level in reversed(self.levels):
-            sums = level[seed, node].cumsum(-1)  # [S, B, 128]
+            children = level.reshape(-1, _WIDTH).take(seed * level.shape[1] + node, 0)
+            sums = children.cumsum(-1)
             # Sums of sums are rounded: what is left may exceed the last child by a bit.
-            left = np.minimum(left, np.nextafter(sums[..., -1], 0.0))
-            child = (sums <= left[..., None]).sum(-1)
-            before = np.take_along_axis(sums, np.maximum(child - 1, 0)[..., None], -1)[..., 0]
-            left = np.where(child > 0, left - before, left)
+            left = np.minimum(left, np.nextafter(sums[:, -1], 0.0))
+            child = (sums > left[:, None]).argmax(-1)
+            place = start + child
+            left = np.where(child > 0, left - sums.take(place - 1), left)
             node = node * _WIDTH + child
-        leaf = self.levels[0].reshape(copies, -1)[seed, node]
-        return node, leaf / total
+        shape = copies, batch
+        return node.reshape(shape), children.take(place).reshape(shape) / total
 
     def _write(self, copy: int, slots: np.ndarray, values: Any) -> None:
         self.levels[0][copy].reshape(-1)[slots] = values

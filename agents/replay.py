@@ -236,8 +236,10 @@ class Replay:
             before = np.cumsum(lengths) - lengths
             drawn = streams.generators[copy].integers(0, lengths.sum() * self.lanes, batch)
             place, lanes[copy] = np.divmod(drawn, self.lanes)
-            span = np.searchsorted(before, place, side="right") - 1
-            rows[copy] = np.array([span[1] for span in spans])[span] + place - before[span]
+            rows[copy] = place + spans[0][1]
+            if len(spans) > 1:
+                span = np.searchsorted(before, place, side="right") - 1
+                rows[copy] = np.array([span[1] for span in spans])[span] + place - before[span]
         return rows, lanes
 
     def _prioritised(
