@@ -150,8 +150,9 @@ class BatchedLinear(_Drawn):
 
     def forward(self, x: Tensor) -> Tensor:  # [S, B, in] -> [S, B, out]
         if self.copies == 1:  # one seed is the ordinary case: no batched product
-            bias = None if self.bias is None else self.bias[0]
-            return F.linear(x[0], self.weight[0], bias).unsqueeze(0)
+            # Squeezed, not indexed: the gradient of an index is a tensor of zeros and a copy.
+            bias = None if self.bias is None else self.bias.squeeze(0)
+            return F.linear(x.squeeze(0), self.weight.squeeze(0), bias).unsqueeze(0)
         if self.bias is None:
             return torch.bmm(x, self.weight.mT)
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
@@ -215,18 +216,24 @@ class BatchedConv2d(_Drawn):
 
     def forward(self, x: Tensor) -> Tensor:  # [S, B, in, H, W] -> [S, B, out, H', W']
         if self.copies == 1:
-            bias = None if self.bias is None else self.bias[0]
-            return F.conv2d(x[0], self.weight[0], bias, self.stride, self.padding).unsqueeze(0)
+            bias = None if self.bias is None else self.bias.squeeze(0)
+            return self._convolve(x.squeeze(0), self.weight.squeeze(0), bias).unsqueeze(0)
         if x.is_cuda:
             return self._grouped(x)
         weights = self.weight.unbind()
         biases = [None] * self.copies if self.bias is None else self.bias.unbind()
-        return torch.stack(
-            [
-                F.conv2d(part, weight, bias, self.stride, self.padding)
-                for part, weight, bias in zip(x.unbind(), weights, biases, strict=True)
-            ]
-        )
+        parts = [
+            self._convolve(part, weight, bias).movedim(1, -1)
+            for part, weight, bias in zip(x.unbind(), weights, biases, strict=True)
+        ]
+        return torch.stack(parts).movedim(-1, 2)  # the channels stay last in memory
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One copy. On a CPU with channels last in memory: measured at the Nature CNN's first
+        layer, forward and backward take less than half of the time."""
+        if not x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """One convolution whose groups are the copies, side by side as channels."""
