@@ -34,7 +34,7 @@ class Policy:
         config = run.config
         self.seed = seed
         self.env_steps, (tree,) = found
-        envs = make_vec(config.env, config.num_envs, schedule_seeds=(seed,), **config.env_args)
+        envs = make_vec(config.env, 1, schedule_seeds=(seed,), **config.env_args)
         self._agent = AGENTS[config.agent](
             config,
             envs.single_observation_space,
@@ -43,12 +43,12 @@ class Policy:
         )
         try:
             self._agent.load_state(0, tree["agent"])
-            envs.set_state(0, tree["environments"])  # type: ignore[attr-defined]
+            #: The task that training had reached.
+            self.task: int = envs.task_in(0, tree["environments"])  # type: ignore[attr-defined]
         except (KeyError, ValueError, RuntimeError) as e:
             raise UsageError(f"{run.path} was written by another version ({e})") from e
-        #: The task that training had reached.
-        self.task: int = envs.task_of(0)[0]  # type: ignore[attr-defined]
-        envs.close()
+        finally:
+            envs.close()
 
     def asked(self, actions: np.ndarray) -> np.ndarray:
         """Actions of `act` as a vector environment takes them."""

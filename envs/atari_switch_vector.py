@@ -1,5 +1,6 @@
 """Many changing consoles stepped together, in blocks of lanes that belong to one seed each."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -240,6 +241,12 @@ class AtariSwitchVectorEnv(gym.vector.VectorEnv[Frames, NDArray[Any], NDArray[An
             "stack": self._stack[lanes.start : lanes.stop].copy(),
             "lanes": self._bank.get_state(lanes),
         }
+
+    def task_in(self, block: int, state: dict[str, Any]) -> int:
+        """What `task_of` was when a `get_state` was taken; plays nothing."""
+        clock = copy.copy(self._tours[block].clock)
+        clock.set_state(state["clock"])
+        return clock.task
 
     def set_state(self, block: int, state: dict[str, Any]) -> None:
         """Go on from a `get_state` bit for bit; no reset is needed. Replays the episodes so far.

@@ -1,5 +1,6 @@
 """Many slippery ants stepped together, in blocks of lanes that belong to one seed each."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -221,6 +222,12 @@ class SlipperyAntVectorEnv(gym.vector.VectorEnv[Floats, NDArray[Any], NDArray[An
             "lanes": [self._lanes.get_state(lane) for lane in lanes],
             "rngs": [self._rngs[lane].bit_generator.state for lane in lanes],
         }
+
+    def task_in(self, block: int, state: dict[str, Any]) -> int:
+        """What `task_of` was when a `get_state` was taken."""
+        clock = copy.copy(self._clocks[block])
+        clock.set_state(state["clock"])
+        return clock.task
 
     def set_state(self, block: int, state: dict[str, Any]) -> None:
         """Go on from a `get_state` bit for bit; no reset is needed.

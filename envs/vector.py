@@ -1,7 +1,7 @@
 """The one way agents get environments: `make_vec` for our ids and for every registered one.
 
 All speak the same: SAME_STEP autoreset, the seed's lanes in blocks, the lanes' tasks in infos,
-`task_of(block)`, and exact `get_state(block)` / `set_state(block, state)`.
+`task_of(block)`, exact `get_state(block)` / `set_state(block, state)`, and `task_in(block, state)`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,6 +123,10 @@ class ForeignVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
         """One seed's lanes: numpy arrays and JSON values; `["exact"]` says if they can go on."""
         lanes = [env_state.capture(env) for env in self._lanes(block)]
         return {"exact": all(lane["exact"] for lane in lanes), "lanes": lanes}
+
+    def task_in(self, block: int, state: dict[str, Any]) -> int:
+        """What `task_of` was when a `get_state` was taken: 0."""
+        return 0
 
     def set_state(self, block: int, state: dict[str, Any]) -> NDArray[Any] | None:
         """Go on from a `get_state`.
