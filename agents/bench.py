@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from perennial.agents.bench_atari import bench_atari
 from perennial.agents.bench_plasticity import bench_plasticity
 from perennial.agents.bench_ppo import bench_ppo
 from perennial.agents.bench_sac import bench_sac
@@ -16,6 +17,7 @@ from perennial.agents.options import nearest
 BENCHES: dict[str, Callable[[TextIO], dict[str, Any]]] = {
     "ppo": bench_ppo,
     "sac": bench_sac,
+    "atari": bench_atari,
     "plasticity": bench_plasticity,
 }
 
