@@ -18,7 +18,7 @@ ARGS: dict[str, dict[str, Any]] = {
 def test_the_task_of_a_saved_state_is_known_without_playing(env: str) -> None:
     envs: Any = make_vec(env, 4, schedule_seeds=(3, 5), **ARGS[env])
     envs.reset(seed=[0, 1, 2, 3])
-    seen = []
+    seen: list[int] = []
     for _ in range(60):
         if len(seen) % 7 == 0:
             saved = [(envs.get_state(block), envs.task_of(block)[0]) for block in (0, 1)]
