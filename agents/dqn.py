@@ -113,7 +113,7 @@ class DQN:
         )
         on_cpu = torch.device(device).type == "cpu"
         plain = WrittenOut.fits(self.net)
-        if threads > 1 and on_cpu:
+        if threads > 1 and on_cpu and images:  # flat networks compute too little to share
             torch.set_num_threads(threads)
         self.aside = Aside(False)
         self.acting = Acting(self.net) if plain and on_cpu else None  # type: ignore[arg-type]
