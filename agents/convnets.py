@@ -80,32 +80,21 @@ def build_net(
         hidden_init, output_init: how weights are drawn; biases as they say.
         generators: one CPU generator per copy, so that its weights do not depend on its company.
     """
-    if len(shape) == 3:
-        return pixel_net(config, shape, n_out, hidden_init, output_init, generators)
-    widths = config.flat_arch if config.net_arch is None else config.net_arch
-    sizes = (*shape, *widths, n_out)
-    return MLP(len(generators), sizes, config.activation, hidden_init, output_init, generators)
-
-
-def pixel_net(
-    config: Any,
-    shape: Sequence[int],
-    n_out: int,
-    hidden_init: Init,
-    output_init: Init,
-    generators: Sequence[torch.Generator],
-) -> nn.Sequential:
-    """The Nature CNN, or a small one where images have a side of less than 36 pixels."""
-    layers, width = pixel_trunk(config, shape, hidden_init, generators)
     copies = len(generators)
-    layers.append(BatchedLinear(copies, width, n_out, init=output_init, generators=generators))
-    return nn.Sequential(*layers)
+    if len(shape) == 1:
+        sizes = (*shape, *_widths(config), n_out)
+        return MLP(copies, sizes, config.activation, hidden_init, output_init, generators)
+    layers, width = build_trunk(config, shape, hidden_init, generators)
+    last = BatchedLinear(copies, width, n_out, init=output_init, generators=generators)
+    return nn.Sequential(*layers, last)
 
 
-def pixel_trunk(
+def build_trunk(
     config: Any, shape: Sequence[int], init: Init, generators: Sequence[torch.Generator]
 ) -> tuple[list[nn.Module], int]:
-    """All layers of a CNN but the output, and how many features they give."""
+    """All layers of `build_net` but the output, and how many features they give."""
+    if len(shape) == 1:
+        return _hidden(_widths(config), shape[0], config.activation, init, generators)
     copies, (channels, height, width) = len(generators), shape
     convolutions, published = NATURE if min(height, width) >= NATURE_SIDE else SMALL
     layers: list[nn.Module] = [Pixels()]
@@ -119,11 +108,29 @@ def pixel_trunk(
         height, width = ((side - kernel) // stride + 1 for side in (height, width))
         channels = n_out
     layers.append(nn.Flatten(2))
-    n_in = channels * height * width
-    for n_out in published if config.net_arch is None else config.net_arch:
-        layers += [
-            BatchedLinear(copies, n_in, n_out, init=init, generators=generators),
-            ACTIVATIONS[config.activation](),
-        ]
+    widths = published if config.net_arch is None else config.net_arch
+    size = channels * height * width
+    more, width = _hidden(widths, size, config.activation, init, generators)
+    return [*layers, *more], width
+
+
+def _widths(config: Any) -> tuple[int, ...]:
+    """Hidden layers of an MLP."""
+    widths: tuple[int, ...] = config.flat_arch if config.net_arch is None else config.net_arch
+    return widths
+
+
+def _hidden(
+    widths: Sequence[int],
+    n_in: int,
+    activation: str,
+    init: Init,
+    generators: Sequence[torch.Generator],
+) -> tuple[list[nn.Module], int]:
+    """Linear layers, each with its activation, and the width of the last."""
+    layers: list[nn.Module] = []
+    for n_out in widths:
+        linear = BatchedLinear(len(generators), n_in, n_out, init=init, generators=generators)
+        layers += [linear, ACTIVATIONS[activation]()]
         n_in = n_out
     return layers, n_in

@@ -11,7 +11,7 @@ from torch import Tensor
 class Batch(NamedTuple):
     """Transitions of S seeds, n each: a rollout or a minibatch of it."""
 
-    observations: Tensor  # [S, n, D], normalised
+    observations: Tensor  # [S, n, *D], normalised, or images as bytes
     actions: Tensor  # [S, n, A]
     log_prob: Tensor  # [S, n] of the actions, under the policy that acted
     values: Tensor  # [S, n] of the value network that acted

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.agents.actor_critic import ActorCritic, check_actions, observation_size
-from perennial.agents.aside import Aside
+from perennial.agents.actor_critic import ActorCritic, Sides, check_actions
+from perennial.agents.clipping import Clip
 from perennial.agents.config import PPOConfig
+from perennial.agents.convnets import observation_shape
 from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
 from perennial.agents.episodes import Episodes
 from perennial.agents.minibatches import Batch, shuffled, standardised
-from perennial.agents.networks import Acting, WrittenOut, passes
 from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import explained_variance, generalised_advantages
 from perennial.agents.streams import Streams
@@ -38,8 +38,9 @@ from perennial.agents.tally import Tally
 from perennial.plasticity import attach, find_units, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 
-_PROBE_ROWS = 1024  # observations of the rollout on which correlates are measured, per seed
-_CHUNK = 4096  # rows of one value forward: bounds memory, costs nothing
+# Observations of the rollout on which correlates are measured, per seed: flat ones, images.
+_PROBE_ROWS, _PROBE_IMAGES = 1024, 512
+_CHUNK, _CHUNK_IMAGES = 4096, 256  # rows of one value forward: bounds memory, costs nothing
 
 
 class PPO:
@@ -56,19 +57,27 @@ class PPO:
         dtype: torch.dtype = torch.float32,
     ):
         self.config, self.seeds, self.device = config, seeds, torch.device(device)
-        n_obs = observation_size(config, observation_space)
+        shape = observation_shape(config, observation_space)
+        self.images = len(shape) > 1
+        if self.images and config.norm_obs:
+            raise ValueError(
+                f"norm_obs normalises flat observations, and {config.env} has images, which are "
+                "scaled by 1/255: leave norm_obs off"
+            )
         check_actions(config, action_space, discrete=True)
         self.codec = values.make(config.value_loss)
-        self.net = ActorCritic(config, n_obs, action_space, self.codec.outputs, seeds).to(
+        self.net = ActorCritic(config, shape, action_space, self.codec.outputs, seeds).to(
             self.device, dtype
         )
         self.optimizer = BatchedAdam(
             self.net.parameters(), lr=config.learning_rate, betas=config.betas, eps=config.adam_eps
         )
+        # Images are stored as they come, as bytes.
+        kind = torch.uint8 if self.images else dtype
         self.units = find_units(
             self.net,
-            torch.zeros(len(seeds), 1, n_obs, device=self.device, dtype=dtype),
-            forward=self.net,
+            torch.zeros(len(seeds), 1, *shape, device=self.device, dtype=kind),
+            keys=self.net.keys,
         )
         self.handle = attach(
             [make(spec) for spec in config.interventions],
@@ -77,54 +86,39 @@ class PPO:
             seeds=seeds,
             hooks=False,
         )
-        self.policy_passes, self.value_passes = passes(self.net.policy), passes(self.net.value)
-        written_out = isinstance(self.policy_passes, WrittenOut)
-        on_cpu = self.device.type == "cpu"
-        self.acting = Acting(self.net.policy) if written_out and on_cpu else None
-        self.gradients: list[Tensor] = []
-        self.flat: list[Tensor] = []
-        self.clip_scale: Tensor | None = None
+        self.sides = Sides(self.net, threads)
+        self.clip = Clip(self.net.parameters(), config.max_grad_norm)
         self.record = self.units.record if self.handle.observes else None
-        # Two networks on two threads, one core each, beat matrix products split over two cores.
-        threaded = threads > 1 and on_cpu
-        self.aside = Aside(threaded and written_out)
-        if threaded and not written_out:
-            torch.set_num_threads(threads)
 
         self.action_noise = Streams(seeds, "action")
         self.minibatch_order = Streams(seeds, "minibatch")
         self.normalizer = Normalizer(
-            len(seeds), n_obs, config.num_envs, config.norm_obs, config.norm_reward, config.gamma
+            len(seeds), shape[0], config.num_envs, config.norm_obs, config.norm_reward, config.gamma
         )
         self.updates = np.zeros(len(seeds), np.int64)  # minibatch steps
         lead = (len(seeds), config.n_steps, config.num_envs)
-        self.observations = torch.zeros(*lead, n_obs, dtype=dtype)
+        self.observations = torch.zeros(*lead, *shape, dtype=kind)
         self.actions = torch.zeros(*lead, self.net.distribution.size, dtype=dtype)
         self.outputs = torch.zeros(*lead, self.net.distribution.n_out, dtype=dtype)
+        self.value_outputs = torch.zeros(*lead, self.codec.outputs, dtype=dtype)
         self.rewards = np.zeros((config.n_steps, len(seeds) * config.num_envs))
         self.ends = np.zeros(self.rewards.shape, np.bool_)
         # Normalised observations that act next.
         self.latest = np.zeros(
-            (len(seeds), config.num_envs, n_obs), self.observations.numpy().dtype
+            (len(seeds), config.num_envs, *shape), self.observations.numpy().dtype
         )
 
     # ---- acting
     # ------------------------------------------------------------------------------------------
 
     def start(self, observations: np.ndarray) -> None:
-        """Begin from the first observations [S*E, D] of the environments."""
+        """Begin from the first observations [S*E, *D] of the environments."""
         shaped = observations.reshape(self.latest.shape)
         self.latest = self.normalizer.observe(shaped).astype(self.latest.dtype)
 
     def restart(self, copy: int, observations: np.ndarray) -> None:
-        """Go on from new episodes of one seed, first observations [E, D]."""
+        """Go on from new episodes of one seed, first observations [E, *D]."""
         self.latest[copy] = self.normalizer.normalize(observations, copy)
-
-    def _policy(self, observations: np.ndarray) -> np.ndarray:
-        if self.acting is not None:
-            return self.acting.forward(observations)
-        with torch.no_grad():
-            return self.net.policy(torch.from_numpy(observations).to(self.device)).cpu().numpy()
 
     def advance(
         self,
@@ -145,13 +139,18 @@ class PPO:
         steps, lanes = config.n_steps, shape[0] * shape[1]
         noise = distribution.noise(self.action_noise, steps, config.num_envs)
         seen, outputs, acted = (x.numpy() for x in (self.observations, self.outputs, self.actions))
-        raw, rewards = np.zeros((steps, lanes)), np.zeros((steps, lanes))
+        valued = self.value_outputs.numpy()
+        raw, rewards = np.zeros((2, steps, lanes))
+        bound = config.clips_rewards
         ends = np.zeros((steps, lanes), np.bool_)
         cuts: list[tuple[int, int, np.ndarray]] = []
         latest, normalizer = self.latest, self.normalizer
         for t in range(steps):
             seen[:, t] = latest
-            outputs[:, t] = output = self._policy(latest)
+            output, value = self.sides.act(latest)
+            outputs[:, t] = output
+            if value is not None:
+                valued[:, t] = value
             acted[:, t] = actions = distribution.choose(output, noise[:, t])
             asked = distribution.asked(actions)
             obs, raw[t], terminated, truncated, infos = envs.step(asked)
@@ -160,14 +159,13 @@ class PPO:
                 episodes.end(t, raw, ends[t], infos)
                 for lane in np.flatnonzero(truncated & ~terminated):
                     cuts.append((t, int(lane), infos["final_obs"][lane]))
-            if normalizer.returns is not None:
-                rewards[t] = normalizer.reward(
-                    raw[t].reshape(shape[:2]), ends[t].reshape(shape[:2])
-                ).ravel()
+            learned = raw[t] if bound is None else np.clip(raw[t], -bound, bound)
+            rewards[t] = normalizer.reward(
+                learned.reshape(shape[:2]), ends[t].reshape(shape[:2])
+            ).ravel()
             latest = normalizer.observe(obs.reshape(shape)).astype(latest.dtype)
         episodes.rollout(raw)
-        self.latest, self.ends = latest, ends
-        self.rewards = raw if normalizer.returns is None else rewards
+        self.latest, self.ends, self.rewards = latest, ends, rewards
         if config.timeout == "bootstrap":
             self._bootstrap(cuts)
 
@@ -175,26 +173,27 @@ class PPO:
         """Add gamma V(final observation) where a time limit cut an episode short."""
         for t, lane, final in cuts:
             s = lane // self.config.num_envs
-            row = np.zeros((len(self.seeds), 1, self.observations.shape[-1]), self.latest.dtype)
+            row = np.zeros_like(self.latest[:, :1])
             row[s] = self.normalizer.normalize(final[None], s)
             value = self.values(torch.from_numpy(row))[s, 0]
             self.rewards[t, lane] += self.config.gamma * float(value)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Values [S, B] (on the CPU) of normalised observations [S, B, D]."""
-        chunks = observations.split(_CHUNK, dim=1)
+        """Values [S, B] (on the CPU) of normalised observations [S, B, *D]."""
+        chunks = observations.split(_CHUNK_IMAGES if self.images else _CHUNK, dim=1)
         with torch.no_grad():
-            outputs = [self.net.value(c.to(self.device)) for c in chunks]
+            outputs = [self.net.values(c.to(self.device)) for c in chunks]
             return torch.cat([self.codec.decode(x).cpu() for x in outputs], dim=1)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """Actions [..., A] without noise for raw observations [..., D], of the first copy."""
+        """Actions [..., A] without noise for raw observations [..., *D], of the first copy."""
+        shape = self.latest.shape[2:]
         rows = self.normalizer.normalize(np.asarray(observation), 0).astype(self.latest.dtype)
-        flat = torch.from_numpy(rows.reshape(-1, rows.shape[-1])).to(self.device)
+        flat = torch.from_numpy(rows.reshape(1, -1, *shape)).to(self.device)
         with torch.no_grad():
-            outputs = self.net.policy(flat[None].expand(len(self.seeds), -1, -1))[0]
+            outputs = self.net.choices(torch.cat([flat] * len(self.seeds)))[0]
         actions = self.net.distribution.mode(outputs.cpu().numpy())
-        return actions.reshape(*rows.shape[:-1], -1)
+        return actions.reshape(*rows.shape[: -len(shape)], -1)
 
     def asked(self, actions: np.ndarray) -> np.ndarray:
         """Actions as a vector environment takes them."""
@@ -207,7 +206,11 @@ class PPO:
         """Learn from the rollout at `progress` of the run in [0, 1]; `train/*` values [S]."""
         config, copies, lanes = self.config, len(self.seeds), self.config.num_envs
         steps, n = config.n_steps, config.n_steps * config.num_envs
-        values = self.values(self.observations.reshape(copies, n, -1))
+        observations = self.observations.flatten(1, 2)
+        if self.net.shared is None:
+            values = self.values(observations)
+        else:
+            values = self.codec.decode(self.value_outputs.flatten(1, 2))
         next_values = self.values(torch.from_numpy(self.latest)).numpy()
         by_lane = values.numpy().reshape(copies, steps, lanes).swapaxes(0, 1).reshape(steps, -1)
         advantages = generalised_advantages(
@@ -225,7 +228,6 @@ class PPO:
             self.outputs.reshape(copies, n, -1).to(self.device), actions.to(self.device)
         )
         order = torch.from_numpy(self.minibatch_order.permutations(n, config.n_epochs))
-        observations = self.observations.reshape(copies, n, -1)
         batch = Batch(observations, actions, log_prob, values, advantage, advantage + values)
         return self.learn(batch, order, progress)
 
@@ -258,7 +260,7 @@ class PPO:
                     if not any(active):
                         return self._losses(tally, batch, rate)
                 moving = None if all(active) else active
-                self._clip()
+                self.clip()
                 self.handle.before_step(active=moving)
                 self.optimizer.move(active=moving)
                 self.handle.after_step(active=moving)
@@ -269,8 +271,7 @@ class PPO:
         """Leave the loss' gradients in `.grad`; surrogate parts, value losses [S, B]."""
         config = self.config
 
-        def value_side() -> Tensor:
-            output = self.value_passes.forward(batch.observations, self.record)
+        def value_side(output: Tensor) -> tuple[Tensor, Tensor]:
             if config.value_loss == "mse":
                 loss, gradient = value_gradient(
                     output[..., 0], batch.returns, batch.values, config.clip_range_vf
@@ -278,39 +279,20 @@ class PPO:
                 gradient = gradient[..., None]
             else:
                 loss, gradient = self.codec.loss(output, self.codec.encode(batch.returns))
-            self.value_passes.backward(gradient * (config.vf_coef / loss.shape[-1]))
-            return loss
+            return loss, gradient * (config.vf_coef / loss.shape[-1])
 
-        def policy_side() -> SurrogateGradient:
+        def policy_side(output: Tensor) -> tuple[SurrogateGradient, Tensor]:
             step = self.net.distribution.surrogate(
-                self.policy_passes.forward(batch.observations, self.record),
+                output,
                 batch.actions,
                 batch.log_prob,
                 batch.advantages,
                 config.clip_range,
                 config.ent_coef,
             )
-            self.policy_passes.backward(step.d_output)
-            return step
+            return step, step.d_output
 
-        return self.aside.pair(policy_side, value_side)
-
-    def _clip(self) -> None:
-        """Scale each seed's gradients to a norm of at most max_grad_norm, over both networks."""
-        limit = self.config.max_grad_norm
-        if limit is None:
-            return
-        if not self.flat:  # gradients are tensors that stay: their views are made once
-            self.gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            self.flat = [g.view(len(self.seeds), 1, -1) for g in self.gradients]
-        squares = torch.cat([torch.bmm(g, g.mT) for g in self.flat], dim=-1)  # [S, 1, tensors]
-        scale = (limit / (squares.sum(-1).sqrt_().add_(1e-6))).clamp_(max=1.0)  # [S, 1]
-        self.clip_scale = scale
-        if len(self.seeds) == 1:
-            torch._foreach_mul_(self.gradients, scale[0, 0])
-        else:
-            for g in self.flat:
-                g.mul_(scale[..., None])
+        return self.sides.learn(batch.observations, self.record, policy_side, value_side)
 
     def _losses(self, tally: Tally, batch: Batch, rate: float) -> dict[str, np.ndarray]:
         """The update in numbers [S], under SB3's names."""
@@ -326,14 +308,17 @@ class PPO:
 
     def measure(self) -> dict[str, Any]:
         """Correlates of plasticity [S] by key, on a fixed number of the rollout's observations."""
-        rows = self.observations.flatten(1, 2)[:, :_PROBE_ROWS].to(self.device)
+        rows = self.observations.flatten(1, 2)
+        if self.images:  # few, so from all over the rollout
+            rows = rows[:, :: -(-rows.shape[1] // _PROBE_IMAGES)]
+        rows = rows[:, :_PROBE_ROWS].to(self.device)
         with torch.no_grad(), self.units.recording():
             self.net(rows)
         measured: dict[str, Any] = dict(metrics.measure(self.units))
-        if self.clip_scale is not None:  # gradients are told as they were before clipping
+        if self.clip.scale is not None:  # gradients are told as they were before clipping
             for key in measured:
                 if key.endswith("gradient_norm"):
-                    measured[key] = measured[key] / self.clip_scale[:, 0]
+                    measured[key] = measured[key] / self.clip.scale[:, 0]
         entropy = self.net.distribution.entropy(self.outputs.flatten(1, 2).to(self.device))
         return measured | {"policy/policy_entropy": entropy.cpu().double()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,9 +20,11 @@ from perennial.agents.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(Config):
-    """PPO: names and defaults of Stable-Baselines3, but for separate ReLU networks."""
+    """PPO: names and defaults of Stable-Baselines3, but for ReLU networks, on flat input separate
+    ones of 256, 256."""
 
     agent: ClassVar[str] = "ppo"
+    flat_arch: ClassVar[tuple[int, ...]] = (256, 256)  # net_arch=auto on flat observations
 
     learning_rate: float = algorithm(real(above=0, high=10), 3e-4, "Adam's step size")
     lr_schedule: str = algorithm(
@@ -69,10 +72,16 @@ class PPOConfig(Config):
         hparam=False,
     )
 
-    net_arch: tuple[int, ...] = network(
-        several(whole(1, 65_536), "widths such as 256,256", (1, 32)),
-        (256, 256),
-        "widths of the hidden layers",
+    net_arch: tuple[int, ...] | None = network(
+        optional(several(whole(1, 65_536), "widths such as 256,256", (1, 32)), "auto"),
+        None,
+        "hidden layers, on images after the convolutions; auto: 256,256, as published on images",
+    )
+    trunk: str = network(
+        choice("auto", "shared", "separate"),
+        "auto",
+        "shared: policy and value are two heads of one network; auto: on images",
+        hparam=False,
     )
     activation: str = network(choice(*ACTIVATIONS), "relu", "nonlinearity")
     init: str = network(
@@ -97,6 +106,10 @@ class PPOConfig(Config):
             return self.clip_actions
         return not self.env.startswith("perennial/")
 
+    def shares_trunk(self, shape: Sequence[int]) -> bool:
+        """Whether policy and value share their hidden layers on observations of this shape."""
+        return len(shape) > 1 if self.trunk == "auto" else self.trunk == "shared"
+
     def validate(self) -> None:
         """Raise UsageError where options clash."""
         if self.rollout % self.batch_size:
@@ -119,7 +132,7 @@ class PPOConfig(Config):
                 f"clip_range_vf={self.clip_range_vf:g} clips values, and value_loss="
                 f"{self.value_loss} fits distributions; take value_loss=mse or clip_range_vf=none"
             )
-        check_network(self.plasticity, self.net_arch, self.activation)
+        check_network(self.plasticity, self.net_arch or self.flat_arch, self.activation)
         super().validate()
 
 
