@@ -233,8 +233,7 @@ class DQN:
         """The best actions [...] for observations [..., *D], of the first copy."""
         shape = self.latest.shape[2:]
         rows = np.asarray(observation, self.latest.dtype).reshape(-1, *shape)
-        several = np.broadcast_to(rows, (len(self.seeds), *rows.shape))
-        best = self._values(several)[0].argmax(-1)
+        best = self._values(np.stack([rows] * len(self.seeds)))[0].argmax(-1)
         return best.reshape(np.shape(observation)[: -len(shape)]) + self.first
 
     def asked(self, actions: np.ndarray) -> np.ndarray:
@@ -292,7 +291,7 @@ class DQN:
 
     def _follow(self) -> None:
         """Move the targets by `tau` of the way; 1 copies them."""
-        own = list(self.targets.parameters())
+        own = [p.detach() for p in self.targets.parameters()]
         online = [p.detach() for p in self.net.parameters()]
         if self.config.tau == 1.0:
             torch._foreach_copy_(own, online)
