@@ -41,13 +41,18 @@ class DQNConfig(Config):
     exploration_fraction: float = algorithm(
         real(above=0, high=1), 0.1, "part of the run in which epsilon falls to its final value"
     )
-    exploration_initial_eps: float = algorithm(real(0, 1), 1.0, "share of random actions at first")
+    exploration_initial_eps: float = algorithm(
+        real(0, 1), 1.0, "share of random actions at first", hparam=False
+    )
     exploration_final_eps: float = algorithm(real(0, 1), 0.05, "share of random actions in the end")
     eps_restart: bool = algorithm(
         switch(), False, "epsilon starts again, and falls as slowly, at every change of task"
     )
     max_grad_norm: float | None = algorithm(
-        optional(real(above=0), "none"), 10.0, "gradients of a seed are scaled to this norm at most"
+        optional(real(above=0), "none"),
+        10.0,
+        "gradients of a seed are scaled to this norm at most",
+        hparam=False,
     )
     huber: float | None = algorithm(
         optional(real(above=0), "none"),

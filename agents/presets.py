@@ -6,28 +6,10 @@ A protocol that is about the environment has a configuration for each of several
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
-from perennial.agents.config import Config, PPOConfig
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A protocol's configurations, one per agent, with the paper it comes from."""
-
-    configs: tuple[Config, ...]
-    help: str  # one line
-    source: str
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """The agents that the protocol is for."""
-        return tuple(config.agent for config in self.configs)
-
-    def config(self, agent: str) -> Config:
-        """The configuration of one of `agents`."""
-        return next(config for config in self.configs if config.agent == agent)
-
+from perennial.agents.atari_presets import ATARI_PRESETS
+from perennial.agents.config import PPOConfig
+from perennial.agents.settings import Preset
 
 _NATURE = (
     "Dohare, Hernandez-Garcia, Lan, Rahman, Mahmood, Sutton: Loss of plasticity in deep continual "
@@ -87,4 +69,5 @@ PRESETS: dict[str, Preset] = {
         "slippery ant, tuned PPO with L2 1e-4 and continual backpropagation",
         _NATURE,
     ),
+    **ATARI_PRESETS,
 }

@@ -154,6 +154,24 @@ class Config:
             )
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A protocol's configurations, one per agent, with the paper it comes from."""
+
+    configs: tuple[Config, ...]
+    help: str  # one line
+    source: str
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that the protocol is for."""
+        return tuple(config.agent for config in self.configs)
+
+    def config(self, agent: str) -> Config:
+        """The configuration of one of `agents`."""
+        return next(config for config in self.configs if config.agent == agent)
+
+
 def check_network(specs: tuple[str, ...], widths: tuple[int, ...], activation: str) -> None:
     """Whether the methods that change networks fit ours, and each other."""
     if not specs:

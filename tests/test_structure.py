@@ -15,7 +15,8 @@ PACKAGES = ("agents", "envs", "plasticity")
 SIMULATORS = {"mujoco", "ale_py", "pybullet"}
 LIGHT = (  # checking a command imports neither torch nor a simulator
     "agents/__init__.py", "agents/cli.py", "agents/config.py", "agents/settings.py",
-    "agents/options.py", "agents/parse.py", "agents/presets.py", "agents/listing.py",
+    "agents/options.py", "agents/parse.py", "agents/presets.py", "agents/atari_presets.py",
+    "agents/listing.py",
     "agents/run.py", "envs/__init__.py", "envs/specs.py", "envs/schedules.py", "envs/params.py",
     "envs/atari_games.py",
     "plasticity/__init__.py", "plasticity/registry.py", "plasticity/value_registry.py",
