@@ -61,7 +61,8 @@ def _join(value: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
         if set(value) == {_ARRAY}:
             return tensors[value[_ARRAY]].numpy()
         if set(value) == {_FILE}:
-            return np.load(folder / Path(value[_FILE]).name, allow_pickle=False)
+            # Mapped, not read: a replay of many GB is copied into place without standing there twice.
+            return np.load(folder / Path(value[_FILE]).name, mmap_mode="r", allow_pickle=False)
         return {k: _join(v, tensors, folder) for k, v in value.items()}
     if isinstance(value, list):
         return [_join(v, tensors, folder) for v in value]
