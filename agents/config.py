@@ -148,7 +148,7 @@ def _merge_specs(first: tuple[str, ...], added: tuple[str, ...]) -> tuple[str, .
 
 def _resolve(config: Config, betas_given: bool) -> Config:
     """Check the environment's arguments and the methods' parameters; resolve what is sugar."""
-    from perennial.envs.specs import check_args, check_env
+    from perennial.envs.specs import check_actions, check_args, check_env
 
     if not config.env:
         raise UsageError(
@@ -158,6 +158,7 @@ def _resolve(config: Config, betas_given: bool) -> Config:
     changes: dict[str, Any] = {}
     try:
         check_env(config.env)
+        check_actions(config.env, config.agent, config.discrete_actions)
         changes["env_args"] = _recordable(check_args(config.env, config.env_args))
         methods = _parse_methods(config.plasticity)
         _check_value_loss(config.value_loss)

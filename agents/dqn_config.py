@@ -22,6 +22,7 @@ class DQNConfig(Config):
     """DQN: names and defaults of Stable-Baselines3, but for 256-256 networks on flat input."""
 
     agent: ClassVar[str] = "dqn"
+    discrete_actions: ClassVar[bool | None] = True
 
     env: str = experiment(
         text("ID"),

@@ -22,6 +22,7 @@ class SACConfig(Config):
     """SAC: names and defaults of Stable-Baselines3."""
 
     agent: ClassVar[str] = "sac"
+    discrete_actions: ClassVar[bool | None] = False
 
     learning_rate: float = algorithm(real(above=0, high=10), 3e-4, "step size of every Adam")
     buffer_size: int = algorithm(whole(2), 1_000_000, "transitions that the replay of a seed holds")

@@ -44,6 +44,7 @@ class Config:
     """Options that every agent has."""
 
     agent: ClassVar[str]
+    discrete_actions: ClassVar[bool | None] = None  # what the agent needs; None: any will do
 
     preset: str | None = experiment(
         optional(text("NAME")), None, "published protocol to start from: perennial list presets"

@@ -25,6 +25,7 @@ class EnvEntry:
     extra: str | None  # the extra of this distribution that brings them
     params: tuple[Param, ...]
     check: Callable[[Mapping[str, Any]], None]  # of all parameters together
+    discrete: bool = False  # whether actions are chosen from a few, else they are numbers
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -94,6 +95,7 @@ ENVS: dict[str, EnvEntry] = {
         "atari",
         ATARI_PARAMS,
         check_atari,
+        discrete=True,
     ),
 }
 
@@ -126,6 +128,10 @@ def check_env(env_id: str) -> None:
         importlib.import_module(module)
     else:
         name = env_id
+    if name.startswith("ALE/") and not colon:
+        game = name.removeprefix("ALE/").partition("-")[0]
+        ours = f"--env perennial/AtariSwitch-v0 --env-args games={game}"
+        raise ValueError(f"{env_id} is ale_py's own; ours of the same game: {ours}")
     if name not in gymnasium.registry:
         known = [*ENVS, *gymnasium.registry]
         raise ValueError(f"no environment {env_id}: {nearest(name, known, listed=False)}")
@@ -134,6 +140,19 @@ def check_env(env_id: str) -> None:
         inside = isinstance(entry_point, str) and entry_point.startswith(package)
         if inside and importlib.util.find_spec(needed) is None:
             raise ValueError(f"{env_id} needs {needed}: pip install 'gymnasium[{extra}]'")
+
+
+def check_actions(env_id: str, agent: str, discrete: bool | None) -> None:
+    """Refuse one of our environments whose actions are not of the agent's kind (None: any).
+
+    Raises:
+        ValueError: One line: what would fit.
+    """
+    if discrete is None or env_id not in ENVS or ENVS[env_id].discrete == discrete:
+        return
+    if discrete:
+        raise ValueError(f"{agent} chooses among actions; {env_id}'s are numbers: take sac or ppo")
+    raise ValueError(f"{agent}'s actions are numbers; {env_id}'s are choices: take dqn or ppo")
 
 
 def check_args(env_id: str, args: Mapping[str, Any]) -> dict[str, Any]:
