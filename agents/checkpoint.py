@@ -61,7 +61,7 @@ def _join(value: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
         if set(value) == {_ARRAY}:
             return tensors[value[_ARRAY]].numpy()
         if set(value) == {_FILE}:
-            # Mapped, not read: a replay of many GB is copied into place without standing there twice.
+            # Mapped, not read: a replay of many GB must not stand in memory twice.
             return np.load(folder / Path(value[_FILE]).name, mmap_mode="r", allow_pickle=False)
         return {k: _join(v, tensors, folder) for k, v in value.items()}
     if isinstance(value, list):
