@@ -24,6 +24,11 @@ NATURE = (((32, 8, 4), (64, 4, 2), (64, 3, 1)), (512,))  # Mnih et al. 2015
 SMALL = (((16, 3, 1),), (128,))  # Young & Tian 2019 (MinAtar)
 
 
+def useful_threads(shape: Sequence[int], threads: int) -> int:
+    """Threads that a matrix product may take: small images leave nothing to share."""
+    return 1 if len(shape) == 3 and min(shape[1:]) < NATURE_SIDE else threads
+
+
 class Pixels(nn.Module):
     """Pixels [...] of 0 to 255, of any type, as numbers of 0 to 1 in the network's type."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perennial.plasticity.units import BATCHED, Site
 
+_NONNEGATIVE = ("relu", "sigmoid", "crelu")
 GRID = (-6.0, -2.5, -1.0, -0.3, 0.0, 0.2, 1.0, 2.0, 8.0)
 
 
@@ -20,7 +21,8 @@ def recognise(
     passes: Callable[[nn.Module], bool],
     forward: Callable[[int], Any],
 ) -> None:
-    """Set `site.nonlinearity`: "relu", "leaky-relu", "tanh", "sigmoid", "crelu", or "" for others.
+    """Set `site.nonlinearity`: "relu", "leaky-relu", "tanh", "sigmoid", "crelu", or "" for others;
+    and `site.nonnegative` where it says so.
 
     In one forward every producer's units all have the value GRID[j] in row j; what reaches the
     consumer tells. Residual streams and functional normalisation come out as "".
@@ -48,7 +50,11 @@ def recognise(
         forward(len(GRID))
     for place, site in enumerate(sites):
         if place in seen:
-            site.nonlinearity = _name(site, seen[place])
+            h = _features(site, seen[place])
+            site.nonlinearity = _name(h)
+            # Also where it was copied on the way, as a flattened image is.
+            positive = site.nonlinearity in _NONNEGATIVE and bool((h >= 0).all())
+            site.nonnegative = site.nonnegative or positive
 
 
 def _fill(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -59,12 +65,15 @@ def _fill(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return values.view(*[1] * rows, -1, *[1] * (output.ndim - rows - 1)).expand_as(output).clone()
 
 
-def _name(site: Site, x: Tensor) -> str:
+def _features(site: Site, x: Tensor) -> Tensor:
+    """What reaches a site's first consumer, `[rows, ..., n, k]`."""
     consumer = site.consumers[0]
-    x = consumer.layer.led(x)[0]
-    if len(x) != len(GRID):
+    return consumer.columns.gather(consumer.layer.led(x)[0]).double()
+
+
+def _name(h: Tensor) -> str:
+    if len(h) != len(GRID):
         return ""
-    h = consumer.columns.gather(x).double()  # [rows, ..., n, k]
     z = torch.tensor(GRID, dtype=h.dtype, device=h.device).view(-1, *[1] * (h.ndim - 1))
     if h.shape[-1] == 2 and _same(h, torch.cat((z, -z), -1).clamp(min=0)):
         return "crelu"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perennial.plasticity import BatchedLinear, find_units, metrics, registry
+from perennial.plasticity import BatchedConv2d, BatchedLinear, find_units, metrics, registry
 
 
 def sigma(*values: float) -> Tensor:
@@ -122,6 +122,35 @@ def test_measure_per_layer_and_network_and_copy() -> None:
     torch.testing.assert_close(found["value/gradient_norm"], grads.norm(dim=1), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="ranks='lats' is unknown"):
         metrics.measure(units, ranks="lats")
+
+
+def test_convolutions_of_several_copies_are_measured_as_each_alone() -> None:
+    """Batched, against torch's own layers with the weights of one copy."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 2, 9, 9)
+    net = nn.Sequential(
+        BatchedConv2d(2, 2, 4, 3), nn.ReLU(), BatchedConv2d(2, 4, 6, 3, stride=2), nn.ReLU(),
+        nn.Flatten(2), BatchedLinear(2, 54, 8), nn.ReLU(), BatchedLinear(2, 8, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[0].bias[1, :2] = -100.0  # copy 1: two of four channels are dead
+    units = find_units(net, x[:, :1])
+    net(x).square().sum().backward()
+    together = metrics.measure(units)
+    assert together["net/0/dead_fraction"].tolist() == [0.0, 0.5]
+    for copy in range(2):
+        alone = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(54, 8), nn.ReLU(), nn.Linear(8, 3),
+        )  # fmt: skip
+        for mine, theirs in zip(alone.parameters(), net.parameters(), strict=True):
+            mine.data.copy_(theirs.data[copy])
+        units = find_units(alone, x[copy, :1])
+        alone(x[copy]).square().sum().backward()
+        expected = metrics.measure(units)
+        assert expected.keys() == together.keys()
+        for key, value in expected.items():
+            assert float(together[key][copy]) == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
 def test_plain_models_give_floats_and_nothing_is_disturbed() -> None:

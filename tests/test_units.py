@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perennial.plasticity import BatchedLinear, Init, attach, find_units
+from perennial.plasticity import BatchedConv2d, BatchedLinear, Init, attach, find_units
 from perennial.plasticity.units import Site
 
 
@@ -45,6 +45,23 @@ class Conv(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.relu(self.conv2(x)).flatten(1)
         return self.out(F.relu(self.fc(x)))
+
+
+class BatchedConvs(nn.Module):
+    """Bytes -> conv -> conv -> flatten -> linear -> two heads, over S copies."""
+
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            BatchedConv2d(copies, 2, 4, 3, stride=2), nn.ReLU(),
+            BatchedConv2d(copies, 4, 3, 2, padding=1), nn.ReLU(), nn.Flatten(2),
+            BatchedLinear(copies, 3 * 5 * 5, 6), nn.ReLU(),
+        )  # fmt: skip
+        self.one, self.two = BatchedLinear(copies, 6, 2), BatchedLinear(copies, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.trunk(x.float() / 255)
+        return self.one(z), self.two(z)
 
 
 class CReLUNet(nn.Module):
@@ -92,6 +109,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], object]] = {
     ),
     "conv": (Conv, torch.randn(3, 2, 10, 10)),
     "batched": (lambda: TwoNets(3), torch.randn(3, 4, 3)),
+    "batched conv": (
+        lambda: BatchedConvs(2),
+        torch.randint(0, 256, (2, 3, 2, 9, 9), dtype=torch.uint8),
+    ),
     "crelu": (CReLUNet, torch.randn(4, 3)),
     "critics": (Critics, (torch.randn(4, 3), torch.randn(4, 2))),
 }
@@ -141,6 +162,17 @@ def test_conv_to_linear_columns_are_contiguous_blocks_after_pooling() -> None:
     table = units["conv2"].columns.table
     assert table.tolist() == [list(range(9 * c, 9 * c + 9)) for c in range(6)]
     assert units["conv1"].columns.k == 1 and units["fc"].columns.k == 1
+
+
+def test_batched_convolutions_have_names_nets_and_the_wiring_of_ordinary_ones() -> None:
+    sites = {s.name: s for s in find_units(BatchedConvs(2), torch.zeros(2, 1, 2, 9, 9))}
+    assert [(s.key, s.n, s.columns.k) for s in sites.values()] == [
+        ("trunk/0", 4, 1), ("trunk/1", 3, 25), ("trunk/2", 6, 1),
+    ]  # fmt: skip
+    table = sites["trunk.2"].columns.table
+    assert table.tolist() == [list(range(25 * c, 25 * c + 25)) for c in range(3)]
+    assert [c.layer.name for c in sites["trunk.5"].consumers] == ["one", "two"]
+    assert all(s.nonnegative and s.nonlinearity == "relu" for s in sites.values())
 
 
 def test_crelu_units_own_two_columns_and_heads_share_a_trunk() -> None:

@@ -1,4 +1,4 @@
-"""A pixel game that is learned in seconds: `tests/Catch-v0`."""
+"""A pixel game that is learned in seconds: `tests/Catch-v0`, and `tests/BigCatch-v0` on 40x40."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ class Catch(gym.Env):
 
     Reward 1 for a catch and -1 for a miss, at the end of an episode of 9 steps. Perfect play always
     catches; random play returns about -0.6.
+
+    Args:
+        scale: side of a square of pixels that shows one of the 100 places.
     """
 
-    observation_space = gym.spaces.Box(0, 255, (1, SIDE, SIDE), np.uint8)
     action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, scale: int = 1):
+        self.scale = scale
+        self.observation_space = gym.spaces.Box(0, 255, (1, SIDE * scale, SIDE * scale), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -38,8 +44,9 @@ class Catch(gym.Env):
     def _image(self) -> np.ndarray:
         image = np.zeros((1, SIDE, SIDE), np.uint8)
         image[0, self.row, self.column] = image[0, SIDE - 1, self.paddle] = 255
-        return image
+        return image.repeat(self.scale, 1).repeat(self.scale, 2)
 
 
 if "tests/Catch-v0" not in gym.registry:
     gym.register("tests/Catch-v0", entry_point=Catch)
+    gym.register("tests/BigCatch-v0", entry_point=Catch, kwargs={"scale": 4})
