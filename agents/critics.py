@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,17 +65,44 @@ class TwinCritics:
             return [passes(net)]
         return [WrittenOut(net, cut) for cut in self.cuts]
 
-    def future(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Target outputs [S, 2, B, m] on observations [S, B, D] and actions [S, B, A]."""
-        return self._forward(self.delayed, _pairs(obs, actions))
+    def look(
+        self, now: tuple[Tensor, Tensor], following: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [S, 2, B, m] `now`, from which `learn` goes on, and the targets' of `following`.
 
-    def evaluate(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Outputs [S, 2, B, m], of which `action_gradient` will be asked for."""
-        return self._forward(self.online, _pairs(obs, actions), wants_input=True)
+        Each on observations [S, B, D] and actions [S, B, A].
+        """
+        pairs, ahead = torch.cat(now, -1), torch.cat(following, -1)
+        record = self.units.record if self.handle.observes and len(self.cuts) == 1 else None
+        both = self.aside.each(
+            [
+                lambda p=p, q=q, cut=cut: (  # type: ignore[misc]
+                    q.forward(_twice(ahead, cut)),
+                    p.forward(_twice(pairs, cut), record),
+                )
+                for p, q, cut in zip(self.online, self.delayed, self.cuts, strict=True)
+            ]
+        )
+        if self.handle.observes and record is None:
+            self._record()
+        future, outputs = (
+            torch.cat(each).unflatten(0, (-1, TWINS)) for each in zip(*both, strict=True)
+        )
+        return outputs, future
 
-    def learn(self, obs: Tensor, actions: Tensor, goal: Tensor) -> Tensor:
-        """One step towards targets [S, B, k]; losses [S], half the sum over the twins."""
-        outputs = self._forward(self.online, _pairs(obs, actions), record=self.handle.observes)
+    def _record(self) -> None:
+        """Tell the methods of both halves' activations."""
+        halves = [p for p in self.online if isinstance(p, WrittenOut)]
+        for k, layer in enumerate(halves[0].layers):
+            inputs = [p.hidden[k] for p in halves]
+            led = [x if x.ndim == 3 else x[None] for x in inputs]
+            self.units.record(layer, torch.cat(led))
+
+    def learn(self, outputs: Tensor, goal: Tensor) -> Tensor:
+        """One step towards targets [S, B, k]; losses [S], half the sum over the twins.
+
+        outputs [S, 2, B, m]: what `look` returned.
+        """
         loss, gradient = self.codec.loss(outputs, goal[:, None])
         flat = (gradient * (0.5 / loss.shape[-1])).flatten(0, 1)
         self.aside.each(
@@ -90,16 +116,27 @@ class TwinCritics:
         self.handle.after_step()
         return 0.5 * loss.mean(-1).sum(1)
 
+    def evaluate(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Outputs [S, 2, B, m], of which `action_gradient` will be asked for."""
+        pairs = torch.cat([obs, actions], -1)
+        outputs = self.aside.each(
+            [
+                lambda p=p, cut=cut: p.forward(_twice(pairs, cut), wants_input=True)  # type: ignore[misc]
+                for p, cut in zip(self.online, self.cuts, strict=True)
+            ]
+        )
+        return torch.cat(outputs).unflatten(0, (-1, TWINS))
+
     def action_gradient(self, gradient: Tensor, n_act: int) -> Tensor:
         """Gradient [S, B, A] by the actions of sum(outputs * gradient [S, 2, B, m])."""
         flat = gradient.flatten(0, 1)
         parts = self.aside.each(
             [
-                lambda p=p, cut=cut: p.input_gradient(flat[cut])  # type: ignore[misc]
+                lambda p=p, cut=cut: p.input_gradient(flat[cut], n_act)  # type: ignore[misc]
                 for p, cut in zip(self.online, self.cuts, strict=True)
             ]
         )
-        return torch.cat(parts).unflatten(0, (-1, TWINS)).sum(1)[..., -n_act:]
+        return torch.cat(parts).unflatten(0, (-1, TWINS)).sum(1)
 
     def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Values [S, 2, B] of outputs [S, 2, B, m] and their gradient by the outputs."""
@@ -115,32 +152,10 @@ class TwinCritics:
         online = [p.detach() for p in self.net.parameters()]
         torch._foreach_lerp_(list(self.targets.parameters()), online, tau)
 
-    def _forward(
-        self,
-        critics: Sequence[Passes],
-        pairs: Tensor,
-        record: bool = False,
-        wants_input: bool = False,
-    ) -> Tensor:
-        direct = self.units.record if record and len(critics) == 1 else None
-        outputs = self.aside.each(
-            [
-                lambda p=p, cut=cut: p.forward(pairs[cut], direct, wants_input)  # type: ignore[misc]
-                for p, cut in zip(critics, self.cuts, strict=True)
-            ]
-        )
-        if record and direct is None:
-            halves = [p for p in critics if isinstance(p, WrittenOut)]
-            for k, layer in enumerate(halves[0].layers):
-                inputs = [p.hidden[k] for p in halves]
-                led = [x if x.ndim == 3 else x[None] for x in inputs]
-                self.units.record(layer, torch.cat(led))
-        return torch.cat(outputs).unflatten(0, (-1, TWINS))
-
     def measure(self, obs: Tensor, actions: Tensor) -> dict[str, Any]:
         """Correlates [S] of each critic under `critic1/...`, `critic2/...`."""
         with torch.no_grad(), self.units.recording():
-            self.net(_pairs(obs, actions))
+            self.net(_twice(torch.cat([obs, actions], -1), slice(None)))
         found: dict[str, Any] = {}
         both: dict[str, Any] = dict(metrics.measure(self.units))
         for key, value in both.items():
@@ -180,9 +195,11 @@ class TwinCritics:
             self.units.references.load_state_of(copy, state["metrics"])
 
 
-def _pairs(obs: Tensor, actions: Tensor) -> Tensor:
-    """Inputs [2S, B, D + A]: each seed's twice."""
-    return torch.cat([obs, actions], -1).repeat_interleave(TWINS, 0)
+def _twice(pairs: Tensor, cut: slice) -> Tensor:
+    """Inputs of the copies `cut` of pairs [S, B, n], of which every seed has two."""
+    if len(pairs) == 1:
+        return pairs.expand(len(range(TWINS)[cut]), -1, -1)
+    return pairs.repeat_interleave(TWINS, 0)[cut]
 
 
 def weights_of(net: nn.Module, copy: int) -> dict[str, Tensor]:

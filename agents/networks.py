@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.agents.aside import Aside
 from perennial.plasticity.copies import BatchedLinear, Init
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -27,6 +29,11 @@ _WRITTEN_OUT: dict[
     nn.ReLU: (torch.relu_, lambda grad, h: torch.ops.aten.threshold_backward(grad, h, 0)),
     nn.Tanh: (torch.tanh_, lambda grad, h: torch.ops.aten.tanh_backward(grad, h)),
 }
+
+
+_HERE = Aside(False)
+_WIDE = 128  # units of a layer from which it is worth a second thread
+_LARGE = 1 << 22  # multiplications of a product from which choosing its rows pays
 
 
 class MLP(nn.Sequential):
@@ -91,18 +98,18 @@ class Autograd:
             self.output = self.net(self.input)
         return self.output.detach()
 
-    def backward(self, gradient: Tensor) -> None:
+    def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
         """Leave the gradients of sum(output * gradient) in every parameter's .grad."""
         assert self.output is not None
         self.output.backward(gradient)
         self.output = None
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
-        """Gradient [S, B, n_in] of sum(output * gradient) by the input; parameters get none."""
+    def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
+        """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart."""
         assert self.output is not None
         (d_input,) = torch.autograd.grad(self.output, self.input, gradient)
         self.output = None
-        return d_input
+        return d_input[..., -last:]
 
 
 def _tensors(layer: BatchedLinear) -> tuple[Tensor, Tensor]:
@@ -183,30 +190,80 @@ class WrittenOut:
                 self.activate(x)
         return x[None] if alone else x
 
-    def backward(self, gradient: Tensor) -> None:
-        """Write the gradients of sum(output * gradient) into every parameter's .grad."""
+    def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
+        """Write the gradients of sum(output * gradient) into every parameter's .grad.
+
+        A layer's gradient by its weights is computed `aside`, while here it goes on to the inputs.
+        """
         alone = self.copies == 1
         _, spare = self._space(gradient.shape[1])
         if alone:
             gradient = gradient[0]
         product = torch.mm if alone else torch.bmm
-        for k in range(len(self.parts) - 1, -1, -1):
-            x, (d_weight, d_bias) = self.hidden[k], self.gradients[k]
-            torch.sum(gradient, -2, out=d_bias)
-            product(gradient.mT, x, out=d_weight)
-            if k:
-                product(gradient, self.parts[k][0], out=spare[k - 1])
-                gradient = self.differentiate(spare[k - 1], x)
+        aside = aside or _HERE
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
-        """Gradient [S, B, n_in] of sum(output * gradient) by the input; parameters get none."""
-        alone = self.copies == 1
-        if alone:
-            gradient = gradient[0]
+        def by_weights(k: int, gradient: Tensor, part: slice) -> None:
+            d_weight, d_bias = self.gradients[k]
+            torch.sum(gradient[..., part], -2, out=d_bias[..., part])
+            product(gradient[..., part].mT, self.hidden[k], out=d_weight[..., part, :])
+
+        def by_inputs(k: int, gradient: Tensor) -> Tensor:
+            product(gradient, self.parts[k][0], out=spare[k - 1])
+            return self.differentiate(spare[k - 1], self.hidden[k])
+
+        whole = slice(None)
         for k in range(len(self.parts) - 1, 0, -1):
-            gradient = self.differentiate(gradient @ self.parts[k][0], self.hidden[k])
-        d_input = gradient @ self.parts[0][0]
-        return d_input[None] if alone else d_input
+            if aside.threaded and gradient.shape[-1] >= _WIDE:
+                gradient, _ = aside.pair(
+                    partial(by_inputs, k, gradient), partial(by_weights, k, gradient, whole)
+                )
+            else:
+                by_weights(k, gradient, whole)
+                gradient = by_inputs(k, gradient)
+        if aside.threaded and gradient.shape[-1] >= _WIDE:
+            half = gradient.shape[-1] // 2
+            aside.each(
+                [
+                    partial(by_weights, 0, gradient, part)
+                    for part in (slice(half), slice(half, None))
+                ]
+            )
+        else:
+            by_weights(0, gradient, whole)
+
+    def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
+        """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart.
+
+        Where products are large, rows of which no gradient is asked are left out of them.
+        """
+        weights = [weight for weight, _ in self.parts]
+        weights[0] = weights[0][..., -last:]
+        if self.copies == 1:
+            return self._by_inputs(gradient[0], weights, self.hidden)[None]
+        if gradient.device.type != "cpu" or not self._large(gradient.shape[1]):
+            return self._chain(gradient, weights, self.hidden)
+        hidden = zip(*self.hidden, strict=True)
+        each = zip(gradient, zip(*weights, strict=True), hidden, strict=True)
+        return torch.stack([self._by_inputs(g, list(w), list(h)) for g, w, h in each])
+
+    def _large(self, batch: int) -> bool:
+        return batch * max(weight[-1].numel() for weight, _ in self.parts) > _LARGE
+
+    def _by_inputs(self, gradient: Tensor, weights: list[Tensor], hidden: list[Tensor]) -> Tensor:
+        """The same of one copy: gradient [B, n_out] to [B, last]."""
+        if gradient.device.type != "cpu" or not self._large(len(gradient)):
+            return self._chain(gradient, weights, hidden)
+        rows = gradient.any(-1).nonzero()[:, 0]
+        if len(rows) == len(gradient):
+            return self._chain(gradient, weights, hidden)
+        kept = [hidden[0], *(h.index_select(0, rows) for h in hidden[1:])]
+        found = self._chain(gradient.index_select(0, rows), weights, kept)
+        return found.new_zeros(len(gradient), found.shape[1]).index_copy_(0, rows, found)
+
+    def _chain(self, gradient: Tensor, weights: list[Tensor], hidden: list[Tensor]) -> Tensor:
+        for k in range(len(weights) - 1, 0, -1):
+            gradient = self.differentiate(gradient @ weights[k], hidden[k])
+        return gradient @ weights[0]
 
 
 class Acting:

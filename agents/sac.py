@@ -245,9 +245,10 @@ class SAC:
         ent_loss = self._learn_temperature(policy.log_prob)
 
         critics = self.critics
-        smallest = critics.codec.smallest(critics.future(following, ahead.actions), dim=1)
+        outputs, future = critics.look((obs, actions), (following, ahead.actions))
         soft = rewards - discounts * ent_coef * ahead.log_prob
-        critic_loss = critics.learn(obs, actions, critics.codec.backup(smallest, soft, discounts))
+        goal = critics.codec.backup(critics.codec.smallest(future, dim=1), soft, discounts)
+        critic_loss = critics.learn(outputs, goal)
 
         q, d_outputs = critics.decode(critics.evaluate(obs, policy.actions))  # [S, 2, B], ... m]
         low = q.amin(1, keepdim=True)
@@ -255,7 +256,7 @@ class SAC:
         share = share / share.sum(1, keepdim=True)
         d_actions = critics.action_gradient(d_outputs * share[..., None], self.squash.size)
         d_output = self.squash.gradient(policy, d_actions, ent_coef[..., None])
-        self.actor_passes.backward(d_output / config.batch_size)
+        self.actor_passes.backward(d_output / config.batch_size, self.aside)
         self.handle.before_step()
         self.optimizer.move()
         self.handle.after_step()

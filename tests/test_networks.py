@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
+from perennial.agents.aside import Aside
 from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
 from perennial.agents.streams import Streams, torch_generator
 from perennial.plasticity.copies import Init
@@ -35,13 +36,41 @@ def test_written_out_passes_equal_autograd(copies, activation):
     for name, p in net.named_parameters():
         assert torch.allclose(p.grad, ours[name], atol=1e-12), name
     fast.forward(x)
-    d_input = fast.input_gradient(gradient)
+    d_input = fast.input_gradient(gradient, 5)
     slow.forward(x, wants_input=True)
-    assert torch.allclose(slow.input_gradient(gradient), d_input, atol=1e-12)
+    assert torch.allclose(slow.input_gradient(gradient, 5), d_input, atol=1e-12)
     for name, p in net.named_parameters():
         assert torch.allclose(p.grad, ours[name], atol=1e-12) or not p.grad.any(), name
     assert [layer for layer, _ in seen[:3]] == [net[0], net[2], net[4]]
     assert torch.equal(seen[0][1], x) and seen[2][1].shape == (copies, 7, 12)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_rows_that_ask_for_no_gradient_are_left_out_of_large_products(copies):
+    """And gradients by the weights are the same with a second thread."""
+    torch.manual_seed(0)
+    init = Init("orthogonal", 2**0.5)
+    generators = [torch_generator(s, "init") for s in range(copies)]
+    net = MLP(copies, (9, 160, 160, 2), "relu", init, init, generators).double()
+    x, gradient = torch.randn(copies, 300, 9).double(), torch.randn(copies, 300, 2).double()
+    gradient[:, :200:2] = 0.0
+    gradient[-1, 100:] = 0.0
+    fast, slow = passes(net), Autograd(net)
+    assert isinstance(fast, WrittenOut) and fast._large(300) and not fast._large(100)
+    for sent in (gradient, gradient[:, :100], torch.zeros_like(gradient)):
+        given = x[:, : sent.shape[1]]
+        fast.forward(given)
+        slow.forward(given, wants_input=True)
+        found, expected = fast.input_gradient(sent, 3), slow.input_gradient(sent, 3)
+        assert found.shape == (copies, sent.shape[1], 3)
+        assert torch.allclose(found, expected, atol=1e-12)
+    slow.forward(x)
+    slow.backward(gradient)
+    expected = {name: p.grad.clone() for name, p in net.named_parameters()}
+    fast.forward(x)
+    fast.backward(gradient, Aside(True))
+    for name, p in net.named_parameters():
+        assert torch.allclose(p.grad, expected[name], atol=1e-12), name
 
 
 def test_passes_of_some_copies_serve_them_alone():
