@@ -247,7 +247,7 @@ class WrittenOut:
         return torch.stack([self._by_inputs(g, list(w), list(h)) for g, w, h in each])
 
     def _large(self, batch: int) -> bool:
-        return batch * max(weight[-1].numel() for weight, _ in self.parts) > _LARGE
+        return batch * max(w.shape[-2] * w.shape[-1] for w, _ in self.parts) > _LARGE
 
     def _by_inputs(self, gradient: Tensor, weights: list[Tensor], hidden: list[Tensor]) -> Tensor:
         """The same of one copy: gradient [B, n_out] to [B, last]."""

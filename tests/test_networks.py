@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
 from perennial.agents.aside import Aside
+from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
 from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
 from perennial.agents.streams import Streams, torch_generator
 from perennial.plasticity.copies import Init
