@@ -38,10 +38,18 @@ def _envs() -> Iterator[str]:
 
 def _plasticity() -> Iterator[str]:
     from perennial.plasticity.registry import METHODS
+    from perennial.plasticity.value_registry import VALUES
 
     for entry in METHODS.values():
         yield f"{entry.name}  {entry.line}"
         yield f"    {entry.paper}"
+        for name, param in entry.params.items():
+            yield from _parameter(name, param.default, f"{param.help} ({param.range})")
+    yield "value losses, for --value-loss:"
+    for entry in VALUES.values():
+        yield f"{entry.name}  {entry.line}"
+        if entry.paper:
+            yield f"    {entry.paper}"
         for name, param in entry.params.items():
             yield from _parameter(name, param.default, f"{param.help} ({param.range})")
 

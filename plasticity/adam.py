@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from perennial.plasticity.flat import flatten
+
 Active = Sequence[int] | Sequence[bool] | Tensor | None
 
 
@@ -29,7 +31,8 @@ class BatchedAdam(Optimizer):
         weight_decay: coupled L2, as in `torch.optim.Adam`: added to the gradient.
 
     The step itself is torch's own fused kernel over one view per copy; a plain elementwise path
-    serves devices and dtypes without it, and masks that live on the device.
+    serves devices and dtypes without it, and masks that live on the device. On the CPU parameters
+    move into one memory (flat.py): make views of them only afterwards.
     """
 
     _table: list[_Group] | None = None
@@ -54,6 +57,7 @@ class BatchedAdam(Optimizer):
             params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         )
         self.copies = _count_copies(self.param_groups)
+        flatten(self._parameters())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -63,6 +63,7 @@ class Intervention(nn.Module):
         key: int64 buffer `[S]`, key of this method's own random stream (draws.py).
         units: the units it acts on.
         targets: networks like `units.model` that follow it; methods that jump take them along.
+        company: the methods on the same optimizer, this one among them.
     """
 
     name: ClassVar[str] = ""
@@ -75,6 +76,7 @@ class Intervention(nn.Module):
     moments: Moments
     units: Units
     targets: tuple[nn.Module, ...]
+    company: tuple[Intervention, ...]
     key: Tensor
     _keys: list[int]  # the same on the host
 
@@ -113,6 +115,13 @@ class Intervention(nn.Module):
 
     def on_change(self) -> None:
         """The host says that the task changed; only for methods that are told."""
+
+    def _restarted(self, copies: Tensor) -> None:
+        """All weights of these copies (bool `[S]`) were drawn anew by another method: forget what
+        was gathered about the old ones."""
+
+    def _detached(self) -> None:
+        """The handle stops acting: take back hooks of one's own, if any."""
 
     def _loaded(self) -> None:
         """State was loaded: rebuild what the host derives from it, if anything."""
@@ -223,6 +232,7 @@ class Handle:
             keys = [draws.key_of(seed, name) for seed in seeds]
             intervention.clock, intervention.moments = self.clock, self.moments
             intervention.units = self.units
+            intervention.company = tuple(self.interventions.values())
             intervention.register_buffer("key", torch.tensor(keys, device=units.device))
             intervention._keys = keys
             if intervention.stage is not Stage.OPTIMIZER:
@@ -284,6 +294,8 @@ class Handle:
         """Stop acting (the activations' recorder belongs to the units: `units.close()`)."""
         for hook in self._hooks:
             hook.remove()
+        for intervention in self.interventions.values():
+            intervention._detached()
         self._hooks, self._before, self._after = [], [], []
 
     # ---- state ---------------------------------------------------------------------------------

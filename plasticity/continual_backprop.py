@@ -13,7 +13,7 @@ from perennial.plasticity import draws
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.surgery import Selection
-from perennial.plasticity.units import Site, Units, sum_rows
+from perennial.plasticity.units import Site, Units, product, sum_rows
 
 _WINDOW = 64  # steps of coins that the host looks up at once
 _COIN, _LOT = 1, 3  # streams of this method beside that of fresh weights (base.FRESH)
@@ -102,24 +102,31 @@ class ContinualBackprop(Intervention):
         for position, site, _ in self._sites:
             self._columns[position] = slice(end, end + site.n * site.columns.k)
             end = self._columns[position].stop
-        self.register_buffer("utility", zeros(total))
-        self.register_buffer("mean", zeros(end))
+        # Both averages in one memory, as is what goes into them: they advance by one operation.
+        self._averages, self._recent = zeros(end + total), zeros(end + total)
+        self.register_buffer("utility", self._averages[:, end:])
+        self.register_buffer("mean", self._averages[:, :end])
         self.register_buffer("age", zeros(total, torch.int64))
         self.register_buffer("replaced", zeros(1, torch.int64)[:, 0])
         if self.count == "accumulate":
             self.register_buffer("budget", zeros(len(units), torch.float64))
         # Work space over all sites, and views of it per site, made once.
-        self._batch_mean, self._size = zeros(end), zeros(end)
-        self._outgoing, self._worth = zeros(end), zeros(total)
-        self._flat = end == sum(site.n for _, site, _ in self._sites) == total
+        self._batch_mean, self._worth = self._recent[:, :end], self._recent[:, end:]
+        self._outgoing = zeros(end)
+        flat = end == sum(site.n for _, site, _ in self._sites) == total
         self._means = [self._view(self._batch_mean, p) for p, _, _ in self._sites]
-        self._sizes = [self._view(self._size, p) for p, _, _ in self._sites]
         self._outs = [self._view(self._outgoing, p) for p, _, _ in self._sites]
-        self._shares = zeros(end)  # 1 / weights per column
-        for position, site, _ in self._sites:
-            self._shares[:, self._columns[position]] = 1 / site.outgoing_rows
-        self._rectified = all(site.nonnegative for _, site, _ in self._sites)
+        rectified = all(site.nonnegative for _, site, _ in self._sites)
+        self._plain = self.kind == "contribution" and rectified and flat
+        self._shares: dict[tuple[int, ...], Tensor] = {}
+        # Whether 1 - eta^age is 1 to the last bit for every unit that may be replaced.
+        self._settled = self.decay ** (self.maturity + 1) < 2.0**-60
+        self._ramp = torch.arange(max(self._slots(s) for _, s, _ in self._sites), device=device)
         self._loaded()
+
+    def _slots(self, site: Site) -> int:
+        """At most so many units of a site are replaced in one step."""
+        return min(site.n, math.floor(self.rate * site.n) + 1)
 
     def _view(self, vector: Tensor, position: int) -> Tensor:
         """One site's part of a vector over all input columns: `[S, n, k]`, `[S, n]` where k = 1."""
@@ -127,9 +134,14 @@ class ContinualBackprop(Intervention):
         part = vector[:, self._columns[position]]
         return part if site.columns.k == 1 else part.unflatten(-1, (site.n, site.columns.k))
 
+    def _restarted(self, copies: Tensor) -> None:
+        names = ("age", "utility", "mean", *(["budget"] if self.count == "accumulate" else []))
+        for value in map(self.get_buffer, names):
+            value.copy_(torch.where(copies.unsqueeze(-1), 0, value))
+
     def _loaded(self) -> None:
         """Coins of the coming steps are looked up anew."""
-        self._window: list[tuple[int, dict[int, list[int]]]] = [(-_WINDOW, {})] * self.clock.copies
+        self._coming: list[tuple[int, int, dict[int, list[int]]]] = [(0, 0, {})] * self.clock.copies
 
     def after_step(self) -> None:
         self._observe()
@@ -137,7 +149,9 @@ class ContinualBackprop(Intervention):
         if not due:
             return
         selections = [self._select(*self._sites[place]) for place in due]
-        means = None if self.nature else [self._mean_of(s.position) for s in selections]
+        means = None
+        if not self.nature:
+            means = [self._mean_of(s.position, self._settled) for s in selections]
         self._recycle(selections, treatment=self.treatment, means=means)
         for selection in selections:
             self._forget(selection, self.units.spans[selection.position])
@@ -148,52 +162,45 @@ class ContinualBackprop(Intervention):
         """Advance age, mean and utility by the minibatch just used."""
         mask = self.clock.mask
         self.age.add_(1 if mask is None else mask.unsqueeze(-1))
-        self._average_rows(self._batch_mean, self._means, magnitude=False)
+        rows = []
+        for (_, site, _), part in zip(self._sites, self._means, strict=True):
+            h = site.activation if part.ndim == 2 else site.features
+            rows.append(h.shape[1])
+            sum_rows(h, part)
+        if self._plain:  # E|h| = E[h]
+            for (_, site, _), part in zip(self._sites, self._outs, strict=True):
+                site.outgoing_sum(out=part)
+            product(self._batch_mean, self._outgoing, self._worth)
+            self._recent.mul_(self._share(tuple(rows)))
+            self._average(self._averages, self._recent)
+            return
+        for part, count in zip(self._means, rows, strict=True):
+            part.mul_(1 / count)
         self._average(self.mean, self._batch_mean)
         if self.kind == "random":
             return
-        if self.kind == "contribution":
-            self._contribute()
-        else:
-            for position, site, span in self._sites:
-                self._worth[:, span].copy_(self._worth_of(position, site))
+        for position, site, span in self._sites:
+            self._worth[:, span].copy_(self._worth_of(position, site))
         self._average(self.utility, self._worth)
 
-    def _average_rows(self, vector: Tensor, parts: list[Tensor], magnitude: bool) -> None:
-        """Write E[h] or E|h| of all sites into `vector`, through its parts."""
-        rows = set()
-        for (_, site, _), part in zip(self._sites, parts, strict=True):
-            h = site.activation if part.ndim == 2 else site.features
-            rows.add(h.shape[1])
-            sum_rows(h.abs() if magnitude else h, part)
-        if len(rows) == 1:
-            vector.mul_(1 / rows.pop())
-            return
-        for (_, site, _), part in zip(self._sites, parts, strict=True):
-            part.mul_(1 / site.features.shape[1])
+    def _share(self, rows: tuple[int, ...]) -> Tensor:
+        """What turns sums into means: 1 / rows for E[h], that over weights per column for y."""
+        if rows not in self._shares:
+            share = torch.ones_like(self._recent)
+            mean, worth = share[:, : self.mean.shape[-1]], share[:, self.mean.shape[-1] :]
+            for (position, site, span), count in zip(self._sites, rows, strict=True):
+                mean[:, self._columns[position]] = 1 / count
+                worth[:, span] = 1 / (count * site.outgoing_rows)
+            if torch.compiler.is_compiling():
+                return share
+            self._shares[rows] = share
+        return self._shares[rows]
 
     def _average(self, average: Tensor, new: Tensor) -> None:
         if self.clock.mask is None:
             average.lerp_(new, 1 - self.decay)
         else:
             average.copy_(self.clock.keep(torch.lerp(average, new, 1 - self.decay), average))
-
-    def _contribute(self) -> None:
-        """E|h| times mean |outgoing weight|, for all sites at once."""
-        size = self._batch_mean
-        if not self._rectified:
-            size = self._size
-            self._average_rows(self._size, self._sizes, magnitude=True)
-        for (_, site, _), part in zip(self._sites, self._outs, strict=True):
-            site.outgoing_sum(out=part)
-        size = size * self._shares
-        if self._flat:
-            torch.mul(size, self._outgoing, out=self._worth)
-            return
-        product = size * self._outgoing
-        for position, _, span in self._sites:
-            part = self._view(product, position)
-            self._worth[:, span].copy_(part if part.ndim == 2 else part.mean(-1))
 
     def _worth_of(self, position: int, site: Site) -> Tensor:
         """y of one site's units in the minibatch just used, `[S, n]`."""
@@ -202,6 +209,8 @@ class ContinualBackprop(Intervention):
         outgoing = site.outgoing()  # [S, n, k]
         if self.kind == "weight":
             return outgoing.mean(-1)
+        if self.kind == "contribution":
+            return (site.features.abs().mean(1) * outgoing).mean(-1)
         mean = self._mean_of(position)
         worth = ((site.features - mean.unsqueeze(1)).abs().mean(1) * outgoing).mean(-1)
         return worth / site.incoming() if self.kind == "adaptable" else worth
@@ -210,10 +219,12 @@ class ContinualBackprop(Intervention):
         """1 - eta^age of running averages that began at zero."""
         return 1 - self.decay ** age.clamp(min=1).to(torch.float64)
 
-    def _mean_of(self, position: int) -> Tensor:
-        """Bias-corrected mean activation `[S, n, k]` of one site."""
+    def _mean_of(self, position: int, settled: bool = False) -> Tensor:
+        """Bias-corrected mean activation `[S, n, k]` of one site; settled: of old units only."""
         age = self.age[:, self.units.spans[position]]
         mean = self.mean[:, self._columns[position]].unflatten(-1, (age.shape[-1], -1))
+        if settled:
+            return mean
         return (mean / self._correction(age).unsqueeze(-1)).to(mean.dtype)
 
     # ---- selection -----------------------------------------------------------------------------
@@ -223,20 +234,22 @@ class ContinualBackprop(Intervention):
 
         At most as many units are eligible as the site has: the coin alone tells when none is due.
         """
-        every = list(range(len(self._sites)))
         known = self.clock.known
         if self.rate == 0 or known is None:
-            return [] if self.rate == 0 else every
-        mature = [copy for copy in self.clock.current() if known[copy] > self.maturity]
-        if self.count == "accumulate":
-            return every if mature else []
+            return [] if self.rate == 0 else list(range(len(self._sites)))
         due: set[int] = set()
-        for copy in mature:
-            start, table = self._window[copy]
-            if not start <= known[copy] < start + _WINDOW:
-                start, table = known[copy], self._look_ahead(copy, known[copy])
-                self._window[copy] = start, table
-            due.update(table.get(known[copy], ()))
+        for copy in self.clock.current():
+            step = known[copy]
+            if step <= self.maturity:
+                continue
+            if self.count == "accumulate":
+                return list(range(len(self._sites)))
+            first, end, table = self._coming[copy]
+            if not first <= step < end:
+                table = self._look_ahead(copy, step)
+                self._coming[copy] = step, step + _WINDOW, table
+            if step in table:
+                due.update(table[step])
         return sorted(due)
 
     def _look_ahead(self, copy: int, start: int) -> dict[int, list[int]]:
@@ -267,11 +280,13 @@ class ContinualBackprop(Intervention):
         if self.kind == "random":
             score = self._stream(_LOT, position + 1).uniform(site.n)
         else:
-            score = self.utility[:, span] / self._correction(age)
-        slots = min(site.n, math.floor(self.rate * site.n) + 1)
+            score = self.utility[:, span]
+            if not self._settled:
+                score = score / self._correction(age)
+        slots = self._slots(site)
         score = torch.where(eligible, score, torch.inf)
         index = torch.topk(score, slots, dim=-1, largest=False).indices
-        chosen = torch.arange(slots, device=age.device) < count.unsqueeze(-1)
+        chosen = self._ramp[:slots] < count.unsqueeze(-1)
         chosen = chosen & eligible.gather(-1, index)
         if self.clock.mask is not None:
             chosen = chosen & self.clock.mask.unsqueeze(-1)

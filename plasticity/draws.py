@@ -102,6 +102,9 @@ class Stream:
 
     def coin(self) -> Tensor:
         """One uniform float64 number per copy, `[S]`, made of the keys themselves."""
+        if self._host is not None:
+            coins = [to_uniform_int(key) for key in self._host]
+            return torch.tensor(coins, dtype=torch.float64, device=self._device)
         return to_uniform(self.keys)
 
     def uniform(self, count: int) -> Tensor:
@@ -109,7 +112,15 @@ class Stream:
         words = torch.arange(1, count + 1, device=self.keys.device)
         return to_uniform(fold(self.keys.unsqueeze(-1), words))
 
-    def normal(self, count: int) -> Tensor:
-        """Standard normal float64 numbers (Box & Muller), `[S, count]`."""
-        radius = (-2 * torch.log1p(-self.fold(1).uniform(count))).sqrt()
-        return radius * torch.cos(2 * math.pi * self.fold(2).uniform(count))
+    def normal(self, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal numbers `[S, count]` (Box & Muller), two from 64 bits. None exceeds 6.7.
+
+        Another count gives other numbers.
+        """
+        half = count // 2 + 1
+        words = torch.arange(1, half + 1, device=self.keys.device)
+        bits = fold(self.keys.unsqueeze(-1), words)
+        unit = 2.0**-32
+        radius = ((bits >> 32) & (2**32 - 1)).to(dtype).add_(1).mul_(unit).log_().mul_(-2).sqrt_()
+        angle = (bits & (2**32 - 1)).to(dtype).mul_(2 * math.pi * unit)
+        return torch.cat([radius * angle.cos(), radius * angle.sin_()], -1)[:, :count]

@@ -78,6 +78,10 @@ class HareTortoise(Intervention):
         """The model's tensors, the copies axis first: views."""
         return [lead(tensor, batched) for tensor, batched in self._sources]
 
+    def _restarted(self, copies: Tensor) -> None:
+        for slow, fast in zip(self._tortoise, self._hare(), strict=True):
+            put(slow, fast, copies)
+
     def _loaded(self) -> None:
         self.timing.reload(self.events)
 

@@ -100,6 +100,11 @@ class InFeR(Intervention):
         self.register_buffer(f"heads_mean_{number}", torch.zeros_like(first))
         self.register_buffer(f"heads_square_{number}", torch.zeros_like(first))
 
+    def _detached(self) -> None:
+        for trunk in self._trunks:
+            trunk.close()
+            self.units.forget(trunk.tap)
+
     def before_step(self) -> None:
         if self.strength == 0:
             return
@@ -169,7 +174,7 @@ class InFeR(Intervention):
         modules = [module for trunk in self._trunks for module in trunk.module.modules()]
         modes = [module.training for module in modules]
         readers: list[Site | Tap] = [*self.units, *(trunk.tap for trunk in self._trunks)]
-        recorded = [reader.raw for reader in readers]
+        recorded = [(reader.raw, getattr(reader, "others", ())) for reader in readers]
         for module in modules:
             module.training = False
         try:
@@ -177,5 +182,7 @@ class InFeR(Intervention):
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
-            for reader, raw in zip(readers, recorded, strict=True):
+            for reader, (raw, others) in zip(readers, recorded, strict=True):
                 reader.raw = raw
+                if isinstance(reader, Tap):
+                    reader.others = others

@@ -21,7 +21,6 @@ eps sqrt(1 - b2^t) at that place); it matters for weights with sqrt(v) near eps 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,72 +30,15 @@ from torch.optim import Optimizer
 
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.clock import Clock
+from perennial.plasticity.few import Few
+from perennial.plasticity.flat import together
+from perennial.plasticity.pace import Pace
 from perennial.plasticity.parts import Part, Side, Sides, affine, parts_of
 from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
 from perennial.plasticity.units import Units
 
 TREATMENTS = ("exact", "zero", "keep")
 _NEVER = -(2**40)  # birth of units as old as their tensor
-_LONGEST = 2**22  # steps after which any unit counts as old
-
-
-class _Pace:
-    """f(t) of one pair of betas, as a table: the same bits on any device and for any copies.
-
-    Attributes:
-        horizon: first t from which on f counts as 1.
-        falls, rises: whether f does, somewhere.
-        table: float64 `[k, horizon + 1]`: f, and where it both falls and rises (k = 3) its falling
-            part and its rising part, 1 and 0 at the end; else k = 1.
-        short: the same in the dtype of the weights.
-        vectors: `[k, S, total + 1]`, the rows of the table at the units' ages: F of all units, for
-            tensors with f(T) = 1.
-    """
-
-    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, birth: Tensor) -> None:
-        # A step that is off by a millionth is far below the gradient's own rounding in float32.
-        tolerance = 1e-13 if dtype is torch.float64 else 1e-6
-        slowest = max(betas)
-        length = math.log(tolerance / 4) / math.log(slowest) if slowest > 0 else 1
-        t = torch.arange(1, math.ceil(min(length, _LONGEST)) + 1, dtype=torch.float64)
-        f = (1 - betas[1] ** t).sqrt() / (1 - betas[0] ** t)
-        # Ages start at 1; entry 0 serves copies that stand still, which never read a step off it.
-        apart = (f - 1).abs().gt(tolerance).nonzero()  # no single stretch: f may cross 1
-        f = torch.cat([f[:1], f[: int(apart[-1]) + 1 if len(apart) else 0], f.new_ones(1)])
-        self.falls = betas[0] > 0
-        self.rises = betas[1] > 0 and betas[0] != betas[1]
-        self.horizon = len(f) - 1
-        rows = f.unsqueeze(0)
-        if self.falls and self.rises:
-            rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
-            rows = torch.stack([f, f - rise, rise])
-        self.table = rows.to(birth.device)
-        self.short = self.table.to(dtype)
-        self.vectors = self.short.new_empty(len(rows), *birth.shape)
-        self._flat = self.vectors.view(len(rows), -1)
-
-    def settled(self, ages: Tensor) -> Tensor:
-        """`vectors` at the ages `[S, total + 1]`."""
-        index = ages.clamp(max=self.horizon).view(-1)
-        if torch.compiler.is_compiling():
-            return self.short.index_select(1, index).view_as(self.vectors)
-        torch.index_select(self.short, 1, index, out=self._flat)
-        return self.vectors
-
-    def general(self, ages: Tensor, steps: Tensor) -> Tensor:
-        """The same for each of n tensors at its own T `[n, S or 1]`: `[n, k, S, total + 1]`.
-
-        A tensor that was reset alone may be younger than its unit: then T counts.
-        """
-        last = steps.to(torch.int64).clamp(max=self.horizon).unsqueeze(-1)
-        index = torch.minimum(ages, last)
-        f = self.table[0]
-        ratio, scale = f[index], f[last]
-        if len(self.table) == 1:
-            return (ratio / scale).unsqueeze(1).to(self.short.dtype)
-        rise = self.table[2][index] - self.table[2][last]
-        parts = torch.stack([ratio, ratio - rise, rise], 1) / scale.unsqueeze(1)
-        return parts.to(self.short.dtype)
 
 
 class Moments:
@@ -119,13 +61,13 @@ class Moments:
         self.birth = torch.full((copies, units.total + 1), _NEVER, device=device)
         # T is at least updates + offset.
         self.offset = torch.zeros(copies, dtype=torch.int64, device=device)
-        self.paces: dict[tuple[float, float], _Pace] = {}
+        self.paces: dict[tuple[float, float], Pace] = {}
         for part in self.parts if self.adam else ():
             part.group = self.group_of[part.parameter]
             beta1, beta2 = groups[part.group]["betas"]
             part.betas = (float(beta1), float(beta2))
             if part.betas not in self.paces:
-                self.paces[part.betas] = _Pace(part.betas, units.dtype, self.birth)
+                self.paces[part.betas] = Pace(part.betas, units.dtype, self.birth)
         self.horizon = max((pace.horizon for pace in self.paces.values()), default=0)
         self._held: list[tuple[Part, Tensor]] = []  # weights before the step
         self._late = False  # f(T) = 1 for all tensors
@@ -136,6 +78,11 @@ class Moments:
         self.offset.add_(self._known_steps())
         self.host_offset = self.offset.tolist()
         self.host_birth = [_NEVER] * copies  # of the youngest unit, or later
+        # On the CPU births are read where they lie, after each event: who is young, and where.
+        self._seen = self.birth.numpy() if device.type == "cpu" else None
+        self._changed = False  # since then
+        self._few: Few | None = None
+        self._sparse = False  # this step corrects a few elements, not whole tensors
 
     def _known_steps(self) -> int:
         """The fewest steps of any parameter's state now: read once, at attach."""
@@ -152,8 +99,33 @@ class Moments:
     def reload(self) -> None:
         """Host copies after loading."""
         self.host_offset, self.host_birth = self.offset.tolist(), self.birth.amax(-1).tolist()
-        self._stale = False
+        self._stale, self._changed = False, True
         self._ever = any(birth > _NEVER for birth in self.host_birth)
+        if self._few is not None:
+            self._few.forget()
+
+    def _look(self) -> None:
+        """Who is young, read off the births: a function of them alone, so that a resumed run goes
+        the same way."""
+        self._changed = False
+        if self._seen is None:
+            return
+        latest = self._seen.max(1)
+        self.host_birth = latest.tolist()
+        if self._few is None or not self._few.current():
+            self._few = self._lists()
+        if self._few is not None:
+            young = (self._seen > _NEVER) & (self._seen > latest[:, None] - self.horizon)
+            copies, places = young.nonzero()
+            self._few.choose(copies.tolist(), places.tolist(), self._seen[young].tolist())
+
+    def _lists(self) -> Few | None:
+        """Only where all parameters stand side by side and share one pair of betas."""
+        parameters = list(self.group_of)
+        memory = together(parameters) if len(self.paces) == 1 else None
+        if memory is None or any(_scale(group) for group in self.optimizer.param_groups):
+            return None
+        return Few(memory, self.parts, self.birth.shape[1])
 
     def restart(
         self,
@@ -174,6 +146,7 @@ class Moments:
         self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
         if whole:
             self.birth.masked_fill_(copies.unsqueeze(-1), _NEVER)
+            self._changed = True
         due, last = self.clock.last_due
         if which is None and copies is due:
             which = last
@@ -207,7 +180,7 @@ class Moments:
                 lead = value if reader.batched else value.unsqueeze(0)
                 silence_columns(lead, consumer.columns, kept)
         if treatment == "exact" and self.paces:
-            self._ever = True
+            self._ever = self._changed = True
             birth = self.birth[:, self.units.spans[selection.position]]
             now = self.clock.updates.unsqueeze(-1)
             birth.copy_(torch.where(selection.gone > 0, now, birth))
@@ -233,7 +206,7 @@ class Moments:
 
     def before_step(self) -> None:
         """Hold the weights while a unit is young; directly before the optimizer's step."""
-        self._held = []
+        self._held, self._sparse = [], False
         if not self.paces:
             return
         known, self._late = self.clock.known, False
@@ -242,10 +215,17 @@ class Moments:
         else:
             if self._stale:
                 self.reload()
+            if self._changed:
+                self._look()
             moving = self.clock.current()
             if all(known[c] + 1 - self.host_birth[c] >= self.horizon for c in moving):
                 return  # nobody is young
             self._late = all(known[c] + 1 + self.host_offset[c] >= self.horizon for c in moving)
+            few = self._few
+            if self._late and few is not None and few.active and few.current():
+                self._sparse = True
+                few.hold()
+                return
         scales = [_scale(group) for group in self.optimizer.param_groups]
         for part in self.parts:
             if part.parameter.grad is not None:
@@ -266,10 +246,15 @@ class Moments:
         """Give every element the step of its own age; directly after the optimizer's step, which
         the clock has counted. Copies that stood still did not move and stay."""
         held, self._held = self._held, []
-        if not held:
+        if not held and not self._sparse:
             return
         # A clock that was set back leaves births ahead of it: those units are newborn.
         ages = (self.clock.updates.unsqueeze(-1) - self.birth).clamp_(min=1)
+        if self._sparse:
+            assert self._few is not None
+            (pace,) = self.paces.values()
+            self._few.correct(pace.settled(ages)[0])
+            return
         for betas, pace in self.paces.items():
             mine = [pair for pair in held if pair[0].betas == betas]
             if not mine:
@@ -285,7 +270,7 @@ class Moments:
             for (part, before), vectors in zip(mine, each, strict=True):
                 self._correct(part, before, pace, part.sides(vectors))
 
-    def _correct(self, part: Part, before: Tensor, pace: _Pace, sides: Sides) -> None:
+    def _correct(self, part: Part, before: Tensor, pace: Pace, sides: Sides) -> None:
         parameter = part.parameter
         row, column = sides[0]
         if row is None or column is None:

@@ -72,6 +72,9 @@ class ReDo(Intervention):
         self.register_buffer("score", torch.zeros(shape, dtype=units.dtype, device=device))
         self.register_buffer("replaced", torch.zeros(shape[0], dtype=torch.int64, device=device))
 
+    def _restarted(self, copies: Tensor) -> None:
+        dormancy.forget(self.score, copies)
+
     def after_step(self) -> None:
         if self.threshold < 0:
             return

@@ -73,6 +73,10 @@ class ReGraMa(Intervention):
         )
         self.register_buffer("replaced", torch.zeros(copies, dtype=torch.int64, device=device))
 
+    def _restarted(self, copies: Tensor) -> None:
+        dormancy.forget(self.score, copies)
+        dormancy.forget(self.seen, copies)
+
     def before_step(self) -> None:
         if self.threshold < 0:
             return

@@ -107,6 +107,8 @@ class Reset(Intervention):
         if self.forgets:
             forget(self._optimizer, [slot.parameter for slot in self._slots], due.copies)
             self.moments.restart(due.copies, which=due.which, whole=self._whole)
+        for method in self.company if self._whole else ():
+            method._restarted(due.copies)
         self.events.add_(due.copies)
 
 

@@ -90,6 +90,11 @@ class SelfNormalizedResets(Intervention):
         self.register_buffer("silences", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("replaced", silent.new_zeros(copies))
 
+    def _restarted(self, copies: Tensor) -> None:
+        dormancy.forget(self.silent, copies)
+        self.tau.copy_(torch.where(copies.unsqueeze(-1), self.initial, self.tau))
+        self.silences.mul_(~copies.view(-1, 1, 1))
+
     def after_step(self) -> None:
         if self.percentile == 1:
             return

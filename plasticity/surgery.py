@@ -34,9 +34,9 @@ class Selection:
 
     def __init__(self, position: int, site: Site, index: Tensor, chosen: Tensor) -> None:
         self.position, self.site, self.index, self.chosen = position, site, index, chosen
-        weight = site.producer.weight
+        weight = site.producer.module.weight
         self.count = chosen.sum(-1)
-        zeros = weight.new_zeros(weight.shape[:2])
+        zeros = weight.new_zeros(len(index), site.n)
         self.gone = zeros.scatter_(1, index, chosen.to(weight.dtype))
         self.kept = 1 - self.gone
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.utils.hooks import RemovableHandle
 
 from perennial.plasticity.units import WEIGHTED, Layer, Tap, Units
 
@@ -22,6 +23,7 @@ class Trunk:
     Attributes:
         path: of the module in the model.
         module: called with what `tap` recorded.
+        hooks: on the module and the reader, until `close`.
         reader: the output layer, whose input are the features.
         inside: whether the reader lies inside the module: what it is given is caught. Otherwise
             the features are what the module returns.
@@ -36,6 +38,7 @@ class Trunk:
     inside: bool
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
     fits: bool = True  # the reader was given what the module had returned, in the latest forward
     _returned: tuple[int, int] | None = None
     _catching: bool = False
@@ -59,7 +62,11 @@ class Trunk:
         self._catching = self.inside
         output: Any = None
         try:
-            output = self.module(x) if weights is None else functional_call(self.module, weights, x)
+            inputs = (x, *self.tap.others)
+            if weights is None:
+                output = self.module(*inputs)
+            else:
+                output = functional_call(self.module, weights, inputs)
         except _CaughtError:
             pass
         finally:
@@ -73,6 +80,11 @@ class Trunk:
         ):
             raise self._unfit()
         return output.flatten(2) if batched else output.flatten(1).unsqueeze(0)
+
+    def close(self) -> None:
+        """Remove its hooks."""
+        for hook in self.hooks:
+            hook.remove()
 
     def check(self) -> None:
         """One line unless the reader was given exactly what the module returned."""
@@ -125,10 +137,12 @@ def _trunk(units: Units, path: str, module: nn.Module, reader: Layer) -> Trunk:
     inside = any(m is reader.module for m in module.modules())
     trunk = Trunk(path, module, tap, reader, inside)
     if inside:
-        reader.module.register_forward_pre_hook(_Catch(trunk))
+        trunk.hooks = [reader.module.register_forward_pre_hook(_Catch(trunk))]
     else:
-        module.register_forward_hook(_Return(trunk))
-        reader.module.register_forward_pre_hook(_Compare(trunk))
+        trunk.hooks = [
+            module.register_forward_hook(_Return(trunk)),
+            reader.module.register_forward_pre_hook(_Compare(trunk)),
+        ]
     return _known(trunk)
 
 

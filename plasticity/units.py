@@ -33,6 +33,11 @@ def sum_rows(x: Tensor, out: Tensor) -> Tensor:
     return torch.sum(x, 1, out=out)
 
 
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a * b into a part of a vector."""
+    return out.copy_(a * b) if torch.compiler.is_compiling() else torch.mul(a, b, out=out)
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A linear or convolutional layer: `name` in the model, `key` (`policy/0`) in tags."""
@@ -225,7 +230,9 @@ class Site:
     def outgoing_sum(self, out: Tensor | None = None) -> Tensor:
         """Sum of |outgoing weight|, `[S, n, k]`, or written to `out`, `[S, n]` where k = 1."""
         if self._plain and out is not None and len(self.consumers) == 1:
-            return sum_rows(self.consumers[0].layer.weight.abs(), out)
+            layer = self.consumers[0].layer
+            weight = layer.module.weight.abs()
+            return sum_rows(weight if layer.batched else weight.unsqueeze(0), out)
         sums = self._outgoing_sum()
         return sums if out is None else out.copy_(sums.squeeze(-1) if out.ndim == 2 else sums)
 
@@ -249,9 +256,13 @@ class Site:
 
 @dataclass(eq=False)
 class Tap:
-    """Input of a module in the latest training forward, as it came; None before the first."""
+    """Input of a module in the latest training forward, as it came; None before the first.
+
+    others: its further inputs by position, without gradients.
+    """
 
     raw: Tensor | None = None
+    others: tuple[Any, ...] = ()
 
 
 class Units:
@@ -306,6 +317,12 @@ class Units:
         for reader in self._readers.get(layer, ()):
             reader.raw = inputs.detach() if inputs.requires_grad else inputs
 
+    def accompany(self, module: nn.Module, others: tuple[Any, ...]) -> None:
+        """Note the further inputs of a watched module."""
+        for reader in self._readers.get(module, ()):
+            if isinstance(reader, Tap):
+                reader.others = tuple(x.detach() if isinstance(x, Tensor) else x for x in others)
+
     def watch(self, module: nn.Module) -> Tap:
         """Record the (first) input of any module in training forwards, as if it read units."""
         tap = Tap()
@@ -313,6 +330,14 @@ class Units:
         if module not in self._hooks:
             self._hooks[module] = module.register_forward_pre_hook(_Recorder(self))
         return tap
+
+    def forget(self, tap: Tap) -> None:
+        """Stop recording what `watch` gave."""
+        for module, readers in self._readers.items():
+            if tap in readers:
+                readers.remove(tap)
+                if not readers:
+                    self._hooks.pop(module).remove()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -360,6 +385,8 @@ class _Recorder:
         units = self.units
         if units is not None and inputs and (units._forced or torch.is_grad_enabled()):
             units.record(module, inputs[0])
+            if len(inputs) > 1:
+                units.accompany(module, inputs[1:])
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Recorder:
         return _Recorder()

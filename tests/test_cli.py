@@ -17,6 +17,7 @@ from perennial.agents.cli import COMMANDS, main
 from perennial.agents.config import AGENTS, fields_of
 from perennial.agents.events import CHARTS, HPARAM_METRICS
 from perennial.agents.progress import Progress
+from perennial.plasticity.value_registry import VALUES
 
 PPO = ("train", "ppo")
 # Words of a command, and what its error line must contain.
@@ -242,7 +243,7 @@ def test_lists_name_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "perennial/SlipperyAnt-v0" in shown["envs"]
     assert "change_every=2000000" in shown["envs"]
     assert "friction=0.02,2" in shown["envs"]
-    for name in ("cbp", "l2", "adam-equal-betas", "rate=", "strength="):
+    for name in ("cbp", "l2", "adam-equal-betas", "rate=", "strength=", *VALUES, "bins=255"):
         assert name in shown["plasticity"]
     assert "dormant_fraction" in shown["metrics"]
     assert "nature-slippery-ant-ns" in shown["presets"]

@@ -161,3 +161,58 @@ def test_infer_says_in_one_line_where_it_does_not_fit() -> None:
     wider(x).sum().backward()
     with pytest.raises(ValueError, match="what 'body' returns is not what the output layer 'last'"):
         optimizer.step()
+
+
+class Twins(nn.Module):
+    """Two inputs, as critics have; the trunk before each head is the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
+        self.first = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor, action: Tensor) -> Tensor:
+        return self.first(self.body(torch.cat((x, action), -1)))
+
+
+def test_infer_on_a_module_of_two_inputs() -> None:
+    torch.manual_seed(0)
+    net = Twins().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    zeros = torch.zeros(1, 3).double(), torch.zeros(1, 2).double()
+    units = find_units(net, zeros, lambda both: net(*both))
+    handle = attach("infer:every=1,scale=3,strength=0.3,heads=4", units, optimizer, hooks=False)
+    x, action = torch.randn(7, 3).double(), torch.randn(7, 2, requires_grad=True).double()
+    (0 * net(x, action).sum()).backward()
+    state = handle.state_dict()
+
+    def features() -> Tensor:
+        return net.first[:2](net.body(torch.cat((x, action.detach()), -1)))
+
+    penalty = 0.3 * infer_penalty(features, features().detach(), state, 3.0)
+    params = [*net.body.parameters(), *net.first[0].parameters()]
+    net.zero_grad(set_to_none=False)
+    handle.before_step()
+    for p, g in zip(params, torch.autograd.grad(penalty, params), strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Shared, Twins])
+def test_a_detached_infer_leaves_no_hook_behind(make: Callable[[], nn.Module]) -> None:
+    net = make()
+    inputs = (torch.zeros(1, 3),) if make is Shared else (torch.zeros(1, 3), torch.zeros(1, 2))
+    units = find_units(net, inputs, lambda given: net(*given))
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+    before = hooks()
+    handle = attach("infer", units, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert hooks() > before
+    handle.detach()
+    assert hooks() == before
+    assert all(site.raw is None for site in units)
+    net.eval()(*inputs)
+    assert all(site.raw is not None for site in units)  # these are the units' own
+    units.close()
+    assert hooks() == 0

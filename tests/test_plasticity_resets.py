@@ -333,3 +333,73 @@ def test_recycled_units_and_resets_share_an_optimizer(reset: str) -> None:
     torch.testing.assert_close((head - old)[moved], expected, rtol=1e-3, atol=0)
     train(net, optimizer, range(31, 60))
     assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+STALE = {
+    "cbp": ("cbp:maturity=3,rate=0.2,count=accumulate", ("age", "utility", "mean", "budget")),
+    "redo": ("redo:every=50,batches=50", ("score",)),
+    "regrama": ("regrama:every=50,batches=50", ("score", "seen")),
+    "snr": ("snr:initial=2,check=4,every=5", ("silent", "silences", "tau")),
+}
+
+
+@pytest.mark.parametrize("name", STALE)
+@pytest.mark.parametrize("net", ["all", "part"])
+def test_what_was_gathered_about_weights_goes_with_them_in_a_full_reset(
+    name: str, net: str
+) -> None:
+    """The second copy has made one step less: it is not due yet and keeps everything."""
+    spec, names = STALE[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(BatchedLinear(2, 3, 6), nn.ReLU(), BatchedLinear(2, 6, 2))
+    optimizer = BatchedAdam(model.parameters(), lr=0.01)
+    units = find_units(model, torch.zeros(2, 1, 3), keys={"0": "body/0", "2": "head/0"})
+    at = "reset:every=12" + ("" if net == "all" else ",net=body")
+    handle = attach([spec, at], units, optimizer, hooks=False)
+    fresh = {key: value.clone() for key, value in handle.interventions[name].state_dict().items()}
+
+    def step(active: list[int] | None = None) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(2, 1, 3)).square().sum().backward()
+        handle.before_step(active)
+        optimizer.step(active)
+        handle.after_step(active)
+
+    step([0])
+    for _ in range(10):
+        step()
+    gathered = {key: handle.interventions[name].get_buffer(key).clone() for key in names}
+    assert any(not torch.equal(gathered[key][0], fresh[key][0]) for key in names)
+    step()
+    for key in names:
+        now = handle.interventions[name].get_buffer(key)
+        if net == "all":
+            assert torch.equal(now[0], fresh[key][0]), key
+    assert any(
+        not torch.equal(handle.interventions[name].get_buffer(key)[1], fresh[key][1])
+        for key in names
+    )
+    if net == "part":
+        assert any(
+            not torch.equal(handle.interventions[name].get_buffer(key)[0], fresh[key][0])
+            for key in names
+        )
+
+
+def test_the_tortoise_starts_anew_with_the_hare_in_a_full_reset() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    units = find_units(model, torch.zeros(1, 3))
+    methods = ["reset:every=5", "hare-tortoise:every=0,momentum=0.9"]
+    handle = attach(methods, units, optimizer)
+    slow = handle.interventions["hare-tortoise"]
+    for step in range(1, 8):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
+        same = [
+            torch.equal(slow.get_buffer(f"tortoise{place}")[0], p)
+            for place, p in enumerate(model.parameters())
+        ]
+        assert all(same) if step == 5 else not any(same)

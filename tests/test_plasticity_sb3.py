@@ -243,3 +243,26 @@ def test_penalty_gradient_is_autograd_s(spec: str, kind: str):
 
     learn(model, [Watch(look_before, post=False), callback, Watch(look_after, post=False)])
     assert steps > 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "works"),
+    [
+        ("dqn", {}, True),
+        ("ppo", {"policy_kwargs": {"net_arch": []}}, True),
+        ("ppo", {"policy_kwargs": {"share_features_extractor": False, "net_arch": []}}, True),
+        ("ppo", {}, False),
+        ("sac", {}, False),
+        ("sac", {"policy_kwargs": {"share_features_extractor": True}}, False),
+    ],
+)
+def test_infer_on_pixels_works_or_says_in_one_line_why_not(kind: str, options: dict, works: bool):
+    model = build(kind, pixels=True, **options)
+    callback = PlasticityCallback("infer:every=1", metrics_every=0)
+    if works:
+        learn(model, callback)
+        assert all(h.interventions["infer"].trained.item() > 0 for h in callback.handles.values())
+        return
+    with pytest.raises(ValueError, match="infer") as error:
+        learn(model, callback)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,119 @@
+"""The elements of few young units, as lists over one memory (flat.py): on a CPU it is cheaper to
+hold and correct these than whole tensors, up to a share of all elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perennial.plasticity.parts import Part
+
+_SHARE = 0.2  # of all elements: above, whole tensors are cheaper
+
+Unit = tuple[int, int]  # copy, place in the vector over all sites
+
+
+class Few:
+    """Which elements of `memory` are rows and columns of the young units, and whose age counts.
+
+    An element that belongs to two of them belongs to the younger.
+    """
+
+    def __init__(self, memory: Tensor, parts: Sequence[Part], width: int) -> None:
+        self.memory, self.parts, self.width = memory, parts, width
+        first = int(memory.storage_offset())
+        self._starts = [int(part.parameter.storage_offset()) - first for part in parts]
+        self._anchor = parts[0].parameter, parts[0].parameter.data_ptr()
+        self._features = [_features(part) for part in parts]
+        self._sizes = [self._size(unit) for unit in range(width)]
+        self._elements: dict[Unit, Tensor] = {}
+        self._owner = torch.zeros(len(memory), dtype=torch.int64)  # copy * width + unit
+        self._claimed: dict[Unit, int] = {}
+        self.active = False
+        self._index = self._whose = self._owner[:0]
+        self._before = self._after = self._factor = memory[:0]
+
+    def current(self) -> bool:
+        """Whether the parameters still stand where they did."""
+        parameter, pointer = self._anchor
+        return parameter.data_ptr() == pointer
+
+    def choose(self, copies: Sequence[int], units: Sequence[int], births: Sequence[int]) -> None:
+        """List the elements of these units; `active` says whether they are few.
+
+        copies, units, births: of each young unit its copy, its place in the vector over all sites,
+            and when it was recycled, in updates.
+        """
+        self.active = 0 < sum(self._sizes[u] for u in units) <= _SHARE * len(self.memory)
+        if not self.active:
+            return
+        young = list(zip(copies, units, strict=True))
+        new = [k for k, unit in enumerate(young) if self._claimed.get(unit) != births[k]]
+        for k in sorted(new, key=births.__getitem__):  # the younger one's claim comes later
+            self._claimed[young[k]] = births[k]
+            self._owner.index_fill_(0, self._of(young[k]), copies[k] * self.width + units[k])
+        self._index = torch.cat([self._of(unit) for unit in young])
+        self._whose = self._owner.index_select(0, self._index)
+        self._before, self._after, self._factor = self.memory.new_empty(3, len(self._index))
+
+    def forget(self) -> None:
+        """Births were loaded: who owns what is found anew."""
+        self._claimed.clear()
+
+    def hold(self) -> None:
+        """Keep the elements as they are."""
+        torch.index_select(self.memory, 0, self._index, out=self._before)
+
+    def correct(self, factors: Tensor) -> None:
+        """Scale what the elements have moved by since, by the factors `[S, width]` of the units."""
+        torch.index_select(factors.view(-1), 0, self._whose, out=self._factor)
+        torch.index_select(self.memory, 0, self._index, out=self._after)
+        torch.lerp(self._before, self._after, self._factor, out=self._after)
+        self.memory.scatter_(0, self._index, self._after)
+
+    def _size(self, unit: int) -> int:
+        """How many elements a unit of any copy has."""
+        count = 0
+        for part, features in zip(self.parts, self._features, strict=True):
+            shape = list(part.parameter.shape)[1 if part.batched else 0 :]
+            if part.rows is not None and part.rows.start <= unit < part.rows.stop:
+                count += math.prod(shape[1:])
+            count += len(features.get(unit, ())) * shape[0] * math.prod(shape[2:])
+        return count
+
+    def _of(self, unit: Unit) -> Tensor:
+        """All elements of one unit: its rows and its columns in every part."""
+        if unit not in self._elements:
+            copy, place = unit
+            found = []
+            for part, start, features in zip(self.parts, self._starts, self._features, strict=True):
+                shape = list(part.parameter.shape)
+                shape = shape if part.batched else [1, *shape]
+                block = start + copy * math.prod(shape[1:])
+                fan, area = math.prod(shape[2:]), math.prod(shape[3:])
+                if part.rows is not None and part.rows.start <= place < part.rows.stop:
+                    row = block + (place - part.rows.start) * fan
+                    found.append(torch.arange(row, row + fan))
+                for feature in features.get(place, ()):
+                    area_at = block + feature * area
+                    rows = torch.arange(0, shape[1] * fan, fan).unsqueeze(-1)
+                    found.append(torch.add(rows, torch.arange(area_at, area_at + area)).flatten())
+            self._elements[unit] = torch.cat(found)
+        return self._elements[unit]
+
+
+def _features(part: Part) -> dict[int, list[int]]:
+    """Input features of each unit that the part reads."""
+    if part.columns is None:
+        return {}
+    if isinstance(part.columns, slice):
+        places = list(range(part.columns.start, part.columns.stop))
+    else:
+        places = part.columns.tolist()
+    found: dict[int, list[int]] = {}
+    for feature, place in enumerate(places):
+        found.setdefault(place, []).append(feature)
+    return found
