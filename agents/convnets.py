@@ -6,7 +6,7 @@ stay uint8 until the first layer of the network, which scales them by 1/255.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -32,11 +32,15 @@ def useful_threads(shape: Sequence[int], threads: int) -> int:
 class Pixels(nn.Module):
     """Pixels [...] of 0 to 255, of any type, as numbers of 0 to 1 in the network's type."""
 
-    white: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("white", torch.tensor(255.0), persistent=False)
+        self.white = torch.tensor(255.0)  # no buffer: those are state of one copy each
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pixels:
+        """`to(...)`: the network's device and type."""
+        super()._apply(fn, recurse)
+        self.white = fn(self.white)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.white.dtype).div_(255.0) if x.dtype == torch.uint8 else x / self.white

@@ -25,11 +25,12 @@ from perennial.agents.aside import Aside
 from perennial.agents.clipping import Clip
 from perennial.agents.config import DQNConfig
 from perennial.agents.convnets import observation_shape
+from perennial.agents.convolved import Convolved
 from perennial.agents.critics import load_weights, weights_of
 from perennial.agents.episodes import Episodes
 from perennial.agents.exploration import EpsilonGreedy
-from perennial.agents.networks import Acting, WrittenOut, passes
-from perennial.agents.q_network import build_q_net, layer_keys, look
+from perennial.agents.networks import Acting, WrittenOut
+from perennial.agents.q_network import build_q_net, layer_keys, look, q_passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.streams import Streams, torch_generator
 from perennial.envs.specs import frame_stack
@@ -112,13 +113,14 @@ class DQN:
             targets=[self.targets],
         )
         on_cpu = torch.device(device).type == "cpu"
-        plain = WrittenOut.fits(self.net)
-        if threads > 1 and on_cpu and images:  # flat networks compute too little to share
+        # Flat networks compute too little to share between threads. Plain CNNs share rows.
+        plain = Convolved.fits(self.net)
+        aside = Aside(threads > 1 and plain)
+        if threads > 1 and on_cpu and images and not plain:
             torch.set_num_threads(threads)
-        self.aside = Aside(False)
-        self.acting = Acting(self.net) if plain and on_cpu else None  # type: ignore[arg-type]
-        self.online, self.choosing = passes(self.net), passes(self.net)
-        self.delayed = passes(self.targets)
+        self.acting = Acting(self.net) if on_cpu and WrittenOut.fits(self.net) else None  # type: ignore[arg-type]
+        self.online, self.choosing = q_passes(self.net, aside), q_passes(self.net, aside)
+        self.delayed = q_passes(self.targets, aside)
         self.clip = Clip(self.net.parameters(), config.max_grad_norm)
         self.explore = EpsilonGreedy(config, seeds, self.actions)
         self.replay_stream = Streams(seeds, "replay")
@@ -225,8 +227,7 @@ class DQN:
         if self.acting is not None:
             outputs = torch.from_numpy(self.acting.forward(observations))
         else:
-            with torch.no_grad():
-                outputs = self.net(self._tensor(observations))
+            outputs = look(self.choosing, self._tensor(observations))
         return self.codec.decode(self._by_action(outputs)).cpu().numpy()
 
     def act(self, observation: np.ndarray) -> np.ndarray:
@@ -263,11 +264,8 @@ class DQN:
         rewards, discounts = self._tensor(sample.rewards), self._tensor(sample.discounts)
         actions = torch.from_numpy(sample.actions).to(self.like.device)[..., None, None]
         record = self.units.record if self.handle.observes else None
-        outputs, delayed = self.aside.pair(
-            lambda: self.online.forward(obs, record),
-            lambda: look(self.delayed, following),
-        )
-        outputs, delayed = self._by_action(outputs), self._by_action(delayed)
+        outputs = self._by_action(self.online.forward(obs, record))
+        delayed = self._by_action(look(self.delayed, following))
         chooser = self._by_action(look(self.choosing, following)) if config.double else delayed
         targets = bootstrap(codec, delayed, chooser, rewards, discounts)
         taken = torch.take_along_dim(outputs, actions, -2).squeeze(-2)  # [S, B, m]

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from perennial.agents.aside import Aside
 from perennial.agents.config import DQNConfig
 from perennial.agents.convnets import build_net
-from perennial.agents.networks import Passes, WrittenOut
+from perennial.agents.convolved import Convolved
+from perennial.agents.networks import Passes, WrittenOut, passes
 from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import BatchedLinear, Init
 from perennial.plasticity.units import WEIGHTED
@@ -77,9 +79,16 @@ def layer_keys(net: nn.Module) -> dict[str, str]:
     return {name: f"{NET}/{k}" for k, name in zip(itertools.count(), layers)}
 
 
-def look(passes: Passes, x: Tensor) -> Tensor:
+def q_passes(net: nn.Module, aside: Aside) -> Passes | Convolved:
+    """The fastest training passes that `net` allows."""
+    return Convolved(net, aside) if Convolved.fits(net) else passes(net)
+
+
+def look(through: Passes | Convolved, x: Tensor) -> Tensor:
     """Output [S, B, n * m] of a forward that nothing is learned from and no method sees."""
-    if isinstance(passes, WrittenOut):
-        return passes.forward(x)
+    if isinstance(through, Convolved):
+        return through.look(x)
+    if isinstance(through, WrittenOut):
+        return through.forward(x)
     with torch.no_grad():
-        return passes.net(x)  # type: ignore[no-any-return]
+        return through.net(x)  # type: ignore[no-any-return]

@@ -274,8 +274,6 @@ def test_prioritised_replay_sees_the_errors():
 @pytest.mark.parametrize("method", ACTING)
 def test_every_method_runs(method, shape):
     """Each acts on a dueling network and its targets, and resumes exactly."""
-    if method == "simba" and len(shape) == 3:
-        shape = (4,)
     spec = ACTING[method][0]
     given = {"plasticity": [spec], "dueling": True, "double": True, "batch_size": 4}
     agents = [agent_of((3, 4), torch.float32, shape, **given) for _ in range(2)]

@@ -1,0 +1,68 @@
+"""Written-out passes of CNNs equal autograd's, on one thread and on two, for one seed and more."""
+
+import pytest
+import torch
+from torch import nn
+
+from perennial.agents.aside import Aside
+from perennial.agents.config import build_config
+from perennial.agents.convolved import Convolved
+from perennial.agents.networks import Autograd
+from perennial.agents.q_network import build_q_net
+
+
+def net_of(copies=1, shape=(3, 36, 40), **given) -> nn.Module:
+    config = build_config("dqn", given={"env": "CartPole-v1", **given})
+    generators = [torch.Generator().manual_seed(s) for s in range(copies)]
+    return build_q_net(config, shape, 5, 2, generators).double()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize(
+    "shape, given",
+    [((3, 36, 40), {}), ((3, 36, 40), {"net_arch": (12, 7), "activation": "tanh"}),
+     ((1, 10, 11), {"net_arch": (8,)})],
+)  # fmt: skip
+def test_passes_equal_autograd(shape, given, copies, threaded):
+    net = net_of(copies, shape, **given)
+    assert Convolved.fits(net)
+    written, auto = Convolved(net, Aside(threaded)), Autograd(net)
+    x = torch.randint(0, 256, (copies, 7, *shape), dtype=torch.uint8)
+    other = torch.randint(0, 256, (copies, 3, *shape), dtype=torch.uint8)
+    gradient = torch.randn(copies, 7, 10).double()
+    expected = auto.forward(x)
+    auto.backward(gradient)
+    gradients = [p.grad.clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad.fill_(9.0)  # what was there before counts for nothing
+    seen = {}
+    assert torch.allclose(written.forward(x, seen.__setitem__), expected, atol=1e-12)
+    assert torch.allclose(written.look(other), net(other), atol=1e-12)  # in between
+    written.backward(gradient)
+    for p, g in zip(net.parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, g, atol=1e-12)
+    assert torch.allclose(written.look(x[:, :1]), expected[:, :1], atol=1e-12)
+    inputs = {}
+    for layer in (net, *written.layers):
+        layer.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
+    net(x)
+    assert seen.keys() == inputs.keys()
+    for layer, value in inputs.items():
+        assert seen[layer].shape == value.shape
+        assert torch.allclose(seen[layer], value, atol=1e-12)
+
+
+def test_what_does_not_fit():
+    """Norms, dueling streams, unknown nonlinearities and hooks are left to autograd."""
+    for given in (
+        {"plasticity": ["layer-norm"]},
+        {"plasticity": ["crelu"]},
+        {"dueling": True},
+        {"activation": "silu"},
+    ):
+        assert not Convolved.fits(net_of(**given)), given
+    assert not Convolved.fits(net_of(shape=(4,)))
+    net = net_of()
+    net[-1].register_forward_hook(lambda *_: None)
+    assert not Convolved.fits(net)
