@@ -107,12 +107,17 @@ def evaluate(run: Run, episodes: int = 10, task: int | None = None) -> list[Eval
 
 def main(path: str | os.PathLike[str], episodes: int, task: int | None, stream: TextIO) -> int:
     """`perennial evaluate`: a line per seed, and the mean over seeds."""
+    from perennial.envs.specs import task_names
+
     torch.set_num_threads(1)
-    results = evaluate(Run.open(Path(path)), episodes, task)
+    run = Run.open(Path(path))
+    results = evaluate(run, episodes, task)
     for r in results:
+        name = task_names(run.config.env, run.config.env_args, r.seed)
+        where = f"task {r.task}" if name is None else f"task {r.task}, {name(r.task)}"
         print(
             f"seed {r.seed}: return {np.mean(r.returns):.1f} +- {np.std(r.returns):.1f} "
-            f"(episodes {len(r.returns)}, mean length {np.mean(r.lengths):.0f}, task {r.task})",
+            f"(episodes {len(r.returns)}, mean length {np.mean(r.lengths):.0f}, {where})",
             file=stream,
         )
     if len(results) > 1:
