@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,27 @@ def test_the_trained_agent_plays_the_games_it_is_asked_for(unbroken: Run) -> Non
     stream = io.StringIO()
     assert evaluate.main(short.path, 1, 2, stream) == 0
     assert "task 2, Breakout" in stream.getvalue()
+
+
+@pytest.mark.slow
+def test_a_run_of_a_thousand_changes_keeps_its_memory(tmp_path: Path) -> None:
+    def held() -> tuple[float, int]:
+        """Megabytes in memory, and open files."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/dev/fd"))
+
+    seen: dict[int, tuple[float, int]] = {}
+    args = {"games": "Pong,Boxing,Breakout", "change_every": 4, "change": "now"}
+    given = {**ATARI, "env_args": args, "num_envs": 1, "steps": 4400, "n_steps": 100,
+             "batch_size": 100, "n_epochs": 1, "checkpoint_every": 1000}  # fmt: skip
+    config = build_config("ppo", given=given)
+    run = Run(tmp_path, config, (config.seeds,), 1, "cpu")
+    run.seed_dirs[0].mkdir()
+    train_group(
+        config, (0,), run.path, report=lambda message: seen.update({message["env_steps"]: held()})
+    )
+    rows = (run.seed_dirs[0] / "episodes.csv").read_text().splitlines()
+    assert len(rows) - 1 == 1100
+    (before, files), (after, files_after) = seen[1200], seen[4400]
+    assert after - before < 8
+    assert files_after == files
