@@ -34,8 +34,8 @@ class Episodes:
         self.task_sums: list[tuple[int, float, int]] = [
             (0, 0.0, 0)
         ] * copies  # task, sum of returns, count
-        #: Of every seed the highest return so far; the lowest while none was above 0.
-        self.peaks = [0.0] * copies
+        #: Of every seed the lowest and the highest return so far, and 0.
+        self.extremes = [(0.0, 0.0)] * copies
 
     def end(self, t: int, rewards: np.ndarray, ended: np.ndarray, infos: dict[str, Any]) -> None:
         """Finish the episodes of lanes `ended` [N] at step t of a rollout with rewards [T, N]."""
@@ -56,8 +56,8 @@ class Episodes:
             if episode.task == task:
                 total, count = total + episode.ret, count + 1
             self.task_sums[copy] = task, total, count
-            highest = max(self.peaks[copy], episode.ret)
-            self.peaks[copy] = highest if highest > 0 else min(self.peaks[copy], episode.ret)
+            low, high = self.extremes[copy]
+            self.extremes[copy] = min(low, episode.ret), max(high, episode.ret)
         self.returns[ended] = 0.0
         self.begun[ended] = t + 1
 
@@ -111,7 +111,7 @@ class Episodes:
             "begun": self.begun[rows].copy(),
             "recent": [list(e) for e in self.recent[copy]],
             "task_sums": list(self.task_sums[copy]),
-            "peak": self.peaks[copy],
+            "extremes": list(self.extremes[copy]),
         }
 
     def load_state(self, copy: int, state: dict[str, Any]) -> None:
@@ -123,4 +123,5 @@ class Episodes:
         self.recent[copy] = deque((Episode(*e) for e in state["recent"]), maxlen=_WINDOW)
         task, total, count = state["task_sums"]
         self.task_sums[copy] = task, total, count
-        self.peaks[copy] = state.get("peak", 0.0)
+        low, high = state.get("extremes", (0.0, 0.0))
+        self.extremes[copy] = low, high

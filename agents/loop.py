@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -203,14 +204,17 @@ class Group:
         """Where the seed's schedule is, a mark where it changed, and how its latest game goes.
 
         TensorBoard has no marks of its own: `task/change` is 0, and for half a percent of the run
-        as high as the highest return so far, a line across any chart of returns.
+        it goes to the highest return so far and to the lowest, a line across any chart of returns.
         """
         task, parameters = self.envs.task_of(copy)  # type: ignore[attr-defined]
         values = {"task/index": task} | {f"task/{name}": v for name, v in parameters.items()}
-        since, latest, name = self.changed[copy], self.episodes.latest(copy), self.names[copy]
+        latest, name = self.episodes.latest(copy), self.names[copy]
         if self.config.env in ENVS:
-            fresh = since is not None and self.episodes.env_steps - since <= self.config.steps / 200
-            values["task/change"] = self.episodes.peaks[copy] if fresh else 0.0
+            since, wide = self.changed[copy], self.config.steps / 200
+            passed = math.inf if since is None else self.episodes.env_steps - since
+            far, near = sorted(self.episodes.extremes[copy], key=abs, reverse=True)
+            mark = (near or far or 1.0) if passed > wide / 2 else (far or 1.0)
+            values["task/change"] = mark if passed <= wide else 0.0
         if name is not None and latest is not None:
             values[f"game/{name(latest[0])}/return"] = latest[1]
         return values

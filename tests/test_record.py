@@ -142,15 +142,15 @@ def test_episodes_by_game_and_the_height_of_marks_go_on_after_a_resume() -> None
 
     episodes = Episodes(1, 1)
     assert episodes.latest(0) is None
-    for ret, task, latest, peak in (
-        (-20.0, 0, (0, -20.0), -20.0),
-        (-10.0, 0, (0, -15.0), -20.0),
+    for ret, task, latest, high in (
+        (-20.0, 0, (0, -20.0), 0.0),
+        (-10.0, 0, (0, -15.0), 0.0),
         (300.0, 1, (1, 300.0), 300.0),
         (-5.0, 0, (1, 300.0), 300.0),  # a lane that ended its old game late
         (100.0, 1, (1, 200.0), 300.0),
     ):
         end(episodes, ret, task)
-        assert (episodes.latest(0), episodes.peaks[0]) == (latest, peak)
+        assert (episodes.latest(0), episodes.extremes[0]) == (latest, (-20.0, high))
         episodes.take(0)
         resumed = Episodes(1, 1)
         resumed.load_state(0, episodes.state(0))
