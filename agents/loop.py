@@ -53,8 +53,9 @@ def train_group(
     begun, begun_steps = time.monotonic(), episodes.env_steps
     try:
         while episodes.env_steps < config.steps and not stopping():
+            before = episodes.env_steps
             losses = agent.advance(envs, episodes, clock, stopping)
-            if episodes.env_steps % config.rollout:
+            if episodes.env_steps % config.rollout or episodes.env_steps == before:
                 break  # stopped between two points of the log
             group.check(losses)
             group.tell_changes()

@@ -9,6 +9,7 @@ import dataclasses
 
 from perennial.agents.atari_presets import ATARI_PRESETS
 from perennial.agents.config import PPOConfig
+from perennial.agents.primacy_presets import PRIMACY_PRESETS
 from perennial.agents.settings import Preset
 
 _NATURE = (
@@ -69,5 +70,6 @@ PRESETS: dict[str, Preset] = {
         "slippery ant, tuned PPO with L2 1e-4 and continual backpropagation",
         _NATURE,
     ),
+    **PRIMACY_PRESETS,
     **ATARI_PRESETS,
 }

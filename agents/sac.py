@@ -13,7 +13,6 @@ critics, critics, critics on the actor's actions. Each half of a pair goes to it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perennial.agents.actor_critic import check_actions, observation_size
 from perennial.agents.aside import Aside
@@ -32,6 +31,7 @@ from perennial.agents.networks import MLP, Acting, WrittenOut, passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator
+from perennial.agents.temperature import RestartsWithActor, Temperature
 from perennial.plasticity import attach, find_units, make, metrics
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
@@ -66,18 +66,14 @@ class SAC:
         self.actor = MLP(len(seeds), widths, config.activation, init, init, generators)
         rewrite(self.actor, config.interventions, generators=generators)
         self.actor.to(device, dtype)
-        self.log_ent_coef = nn.Parameter(
-            torch.full((len(seeds), 1), math.log(config.first_ent_coef)).to(device, dtype)
-        )
-        self.log_ent_coef.grad = torch.zeros_like(self.log_ent_coef)
-        self.target_entropy = -float(n_act)
+        self.temperature = Temperature(config, len(seeds), -float(n_act), device, dtype)
+        self.log_ent_coef = self.temperature.log
         self.optimizer = BatchedAdam(
             self.actor.parameters(), config.learning_rate, config.betas, config.adam_eps
         )
-        self.ent_optimizer = BatchedAdam([self.log_ent_coef], config.learning_rate)
         self.units = find_units(self.actor, self.log_ent_coef.new_zeros(len(seeds), 1, n_obs))
         self.handle = attach(
-            [make(spec) for spec in config.interventions],
+            [*map(make, config.interventions), RestartsWithActor(self.temperature)],
             self.units,
             self.optimizer,
             seeds=seeds,
@@ -135,7 +131,7 @@ class SAC:
         config = self.config
         end = (episodes.env_steps // config.rollout + 1) * config.rollout
         while episodes.env_steps < end:
-            if stopping():
+            if stopping() or not self._primed(episodes, clock, stopping):
                 return {}
             with clock("collect"):
                 for _ in range(config.train_freq):
@@ -151,6 +147,21 @@ class SAC:
         if means:
             means["n_updates"] = np.full(len(self.seeds), self.updates)
         return means
+
+    def _primed(
+        self,
+        episodes: Episodes,
+        clock: Callable[[str], AbstractContextManager[None]],
+        stopping: Callable[[], bool],
+    ) -> bool:
+        """Whether `priming_steps` are done, doing them when learning has started."""
+        if episodes.env_steps > self.config.learning_starts:
+            with clock("update"):
+                while self.updates < self.config.priming_steps:
+                    if stopping():
+                        return False
+                    self.update()
+        return True
 
     def _step(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
         """One step of every lane into the replay."""
@@ -242,7 +253,7 @@ class SAC:
         policy = self.squash.sample(output, noise[:, 0])
         ahead = self.squash.sample(next_output, noise[:, 1])
         ent_coef = self.log_ent_coef.detach().exp()  # [S, 1]
-        ent_loss = self._learn_temperature(policy.log_prob)
+        ent_loss = self.temperature.learn(policy.log_prob)
 
         critics = self.critics
         outputs, future = critics.look((obs, actions), (following, ahead.actions))
@@ -269,17 +280,6 @@ class SAC:
             "ent_coef": ent_coef[:, 0],
             "ent_coef_loss": ent_loss,
         }
-
-    def _learn_temperature(self, log_prob: Tensor) -> Tensor:
-        """One step of the temperature towards the target entropy; its loss [S]."""
-        if not self.config.learns_ent_coef:
-            return torch.zeros_like(log_prob[:, 0])
-        surplus = log_prob.mean(-1, keepdim=True) + self.target_entropy
-        loss = -(self.log_ent_coef.detach() * surplus)[:, 0]
-        assert self.log_ent_coef.grad is not None
-        self.log_ent_coef.grad.copy_(-surplus)
-        self.ent_optimizer.move()
-        return loss
 
     # ---- seeing and state ----------------------------------------------------------------------
 
@@ -315,8 +315,7 @@ class SAC:
             "interventions": self.handle.state_of(copy),
             "metrics": self.units.references.state_of(copy),
             "critics": self.critics.state(copy),
-            "log_ent_coef": self.log_ent_coef.detach()[copy].cpu(),
-            "ent_optimizer": self.ent_optimizer.state_of(copy),
+            "temperature": self.temperature.state(copy),
             "streams": {name: s.state(copy) for name, s in self._streams().items()},
             "replay": self.replay.state(copy),
             "latest": torch.from_numpy(self.latest[copy].copy()),
@@ -333,8 +332,7 @@ class SAC:
         self.handle.load_state_of(copy, state["interventions"])
         self.units.references.load_state_of(copy, state["metrics"])
         self.critics.load_state(copy, state["critics"])
-        self.log_ent_coef[copy].copy_(state["log_ent_coef"])
-        self.ent_optimizer.load_state_of(copy, state["ent_optimizer"])
+        self.temperature.load_state(copy, state["temperature"])
         for name, stream in self._streams().items():
             stream.load_state(copy, state["streams"][name])
         self.replay.load_state(copy, state["replay"])

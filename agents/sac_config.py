@@ -32,6 +32,9 @@ class SACConfig(Config):
     gamma: float = algorithm(real(0, 1), 0.99, "discount")
     train_freq: int = algorithm(whole(1, 10**6), 1, "steps of every lane between updates")
     gradient_steps: int = algorithm(whole(1, 10**4), 1, "gradient steps per update: replay ratio")
+    priming_steps: int = algorithm(
+        whole(0), 0, "gradient steps on the first env steps, before the next one: heavy priming"
+    )
     target_update_interval: int = algorithm(whole(), 1, "gradient steps between target updates")
     n_step: int = algorithm(whole(1, 100), 1, "steps of reward before the target's value")
     ent_coef: str = algorithm(

@@ -1,0 +1,75 @@
+"""SAC's temperature: how much entropy is worth, fixed or learned, one number per seed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from perennial.agents.config import SACConfig
+from perennial.plasticity.adam import BatchedAdam
+from perennial.plasticity.base import Intervention
+from perennial.plasticity.fresh import forget
+
+
+class Temperature:
+    """exp(log) of seeds' parameters `log` [S, 1], and their Adam.
+
+    Args:
+        target: the entropy that learning aims at.
+    """
+
+    def __init__(self, config: SACConfig, copies: int, target: float, device: str, dtype: Any):
+        self.learned, self.target = config.learns_ent_coef, target
+        self.first = math.log(config.first_ent_coef)
+        self.log = nn.Parameter(torch.full((copies, 1), self.first).to(device, dtype))
+        self.log.grad = torch.zeros_like(self.log)
+        self.optimizer = BatchedAdam([self.log], config.learning_rate)
+
+    def learn(self, log_prob: Tensor) -> Tensor:
+        """One step towards the target entropy from log densities [S, B]; the loss [S]."""
+        if not self.learned:
+            return torch.zeros_like(log_prob[:, 0])
+        surplus = log_prob.mean(-1, keepdim=True) + self.target
+        loss = -(self.log.detach() * surplus)[:, 0]
+        assert self.log.grad is not None
+        self.log.grad.copy_(-surplus)
+        self.optimizer.move()
+        return loss
+
+    @torch.no_grad()
+    def restart(self, copies: Tensor) -> None:
+        """Begin anew where `copies` [S] is true."""
+        self.log.copy_(torch.where(copies[:, None], self.first, self.log))
+        forget(self.optimizer, [self.log], copies)
+
+    def state(self, copy: int) -> dict[str, Any]:
+        """One seed's temperature and Adam."""
+        return {
+            "log_ent_coef": self.log.detach()[copy].cpu(),
+            "ent_optimizer": self.optimizer.state_of(copy),
+        }
+
+    @torch.no_grad()
+    def load_state(self, copy: int, state: dict[str, Any]) -> None:
+        """Continue one seed from `state`."""
+        self.log[copy].copy_(state["log_ent_coef"])
+        self.optimizer.load_state_of(copy, state["ent_optimizer"])
+
+
+class RestartsWithActor(Intervention):
+    """Attached beside the actor's methods: its full reset is also the temperature's.
+
+    Nikishin et al. 2022 (arXiv 2205.07802) build a whole new agent.
+    """
+
+    name: ClassVar[str] = "temperature"
+
+    def __init__(self, temperature: Temperature) -> None:
+        super().__init__()
+        self._temperature = temperature
+
+    def _restarted(self, copies: Tensor) -> None:
+        self._temperature.restart(copies)
