@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perennial.plasticity.pace import Pace
 from perennial.plasticity.parts import Part
 
 _SHARE = 0.2  # of all elements: above, whole tensors are cheaper
@@ -22,8 +23,10 @@ class Few:
     An element that belongs to two of them belongs to the younger.
     """
 
-    def __init__(self, memory: Tensor, parts: Sequence[Part], width: int) -> None:
+    def __init__(self, memory: Tensor, parts: Sequence[Part], width: int, pace: Pace) -> None:
         self.memory, self.parts, self.width = memory, parts, width
+        f = pace.short[0]
+        self._f = torch.cat([f, f[-1:].expand(pace.horizon)])  # by age; they go on growing
         first = int(memory.storage_offset())
         self._starts = [int(part.parameter.storage_offset()) - first for part in parts]
         self._anchor = parts[0].parameter, parts[0].parameter.data_ptr()
@@ -33,19 +36,23 @@ class Few:
         self._owner = torch.zeros(len(memory), dtype=torch.int64)  # copy * width + unit
         self._claimed: dict[Unit, int] = {}
         self.active = False
-        self._index = self._whose = self._owner[:0]
+        self._index = self._owner[:0]
         self._before = self._after = self._factor = memory[:0]
+        self._youngest: list[tuple[int, int, Tensor, Tensor]] = []
 
     def current(self) -> bool:
         """Whether the parameters still stand where they did."""
         parameter, pointer = self._anchor
         return parameter.data_ptr() == pointer
 
-    def choose(self, copies: Sequence[int], units: Sequence[int], births: Sequence[int]) -> None:
+    def choose(
+        self, copies: Sequence[int], units: Sequence[int], births: Sequence[int], birth: Tensor
+    ) -> None:
         """List the elements of these units; `active` says whether they are few.
 
         copies, units, births: of each young unit its copy, its place in the vector over all sites,
-            and when it was recycled, in updates.
+            and when it was recycled, in updates; copy by copy.
+        birth: of all units, int64 `[S, width]`.
         """
         self.active = 0 < sum(self._sizes[u] for u in units) <= _SHARE * len(self.memory)
         if not self.active:
@@ -55,9 +62,18 @@ class Few:
         for k in sorted(new, key=births.__getitem__):  # the younger one's claim comes later
             self._claimed[young[k]] = births[k]
             self._owner.index_fill_(0, self._of(young[k]), copies[k] * self.width + units[k])
-        self._index = torch.cat([self._of(unit) for unit in young])
-        self._whose = self._owner.index_select(0, self._index)
+        lists = [self._of(unit) for unit in young]
+        self._index = torch.cat(lists)
         self._before, self._after, self._factor = self.memory.new_empty(3, len(self._index))
+        # Per copy: its youngest unit, and how much older each element's unit is.
+        owner = self._owner.index_select(0, self._index)
+        self._youngest, end = [], 0
+        for copy in sorted(set(copies)):
+            start = end
+            end += sum(len(x) for x, c in zip(lists, copies, strict=True) if c == copy)
+            born = birth.view(-1).index_select(0, owner[start:end])
+            latest = max(b for b, c in zip(births, copies, strict=True) if c == copy)
+            self._youngest.append((copy, latest, latest - born, self._factor[start:end]))
 
     def forget(self) -> None:
         """Births were loaded: who owns what is found anew."""
@@ -67,9 +83,16 @@ class Few:
         """Keep the elements as they are."""
         torch.index_select(self.memory, 0, self._index, out=self._before)
 
-    def correct(self, factors: Tensor) -> None:
-        """Scale what the elements have moved by since, by the factors `[S, width]` of the units."""
-        torch.index_select(factors.view(-1), 0, self._whose, out=self._factor)
+    def correct(self, updates: Sequence[int]) -> None:
+        """Scale what the elements have moved by since, by f of their units' ages now.
+
+        updates: of each copy.
+        """
+        longest = len(self._f) // 2
+        for copy, latest, older, factor in self._youngest:
+            # A clock that was set back leaves births ahead of it: those units are newborn.
+            age = min(max(updates[copy] - latest, 1), longest)
+            torch.index_select(self._f[age:], 0, older, out=factor)
         torch.index_select(self.memory, 0, self._index, out=self._after)
         torch.lerp(self._before, self._after, self._factor, out=self._after)
         self.memory.scatter_(0, self._index, self._after)

@@ -117,7 +117,8 @@ class Moments:
         if self._few is not None:
             young = (self._seen > _NEVER) & (self._seen > latest[:, None] - self.horizon)
             copies, places = young.nonzero()
-            self._few.choose(copies.tolist(), places.tolist(), self._seen[young].tolist())
+            born = self._seen[young].tolist()
+            self._few.choose(copies.tolist(), places.tolist(), born, self.birth)
 
     def _lists(self) -> Few | None:
         """Only where all parameters stand side by side and share one pair of betas."""
@@ -125,7 +126,8 @@ class Moments:
         memory = together(parameters) if len(self.paces) == 1 else None
         if memory is None or any(_scale(group) for group in self.optimizer.param_groups):
             return None
-        return Few(memory, self.parts, self.birth.shape[1])
+        (pace,) = self.paces.values()
+        return Few(memory, self.parts, self.birth.shape[1], pace)
 
     def restart(
         self,
@@ -246,15 +248,13 @@ class Moments:
         """Give every element the step of its own age; directly after the optimizer's step, which
         the clock has counted. Copies that stood still did not move and stay."""
         held, self._held = self._held, []
-        if not held and not self._sparse:
+        if self._sparse and self._few is not None:
+            self._few.correct(self.clock.host or ())
+            return
+        if not held:
             return
         # A clock that was set back leaves births ahead of it: those units are newborn.
         ages = (self.clock.updates.unsqueeze(-1) - self.birth).clamp_(min=1)
-        if self._sparse:
-            assert self._few is not None
-            (pace,) = self.paces.values()
-            self._few.correct(pace.settled(ages)[0])
-            return
         for betas, pace in self.paces.items():
             mine = [pair for pair in held if pair[0].betas == betas]
             if not mine:
