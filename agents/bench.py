@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from perennial.agents.bench_atari import bench_atari
+from perennial.agents.bench_dqn import bench_dqn
 from perennial.agents.bench_plasticity import bench_plasticity
 from perennial.agents.bench_ppo import bench_ppo
 from perennial.agents.bench_sac import bench_sac
@@ -17,6 +18,7 @@ from perennial.agents.options import nearest
 BENCHES: dict[str, Callable[[TextIO], dict[str, Any]]] = {
     "ppo": bench_ppo,
     "sac": bench_sac,
+    "dqn": bench_dqn,
     "atari": bench_atari,
     "plasticity": bench_plasticity,
 }
