@@ -4,7 +4,7 @@ hold and correct these than whole tensors, up to a share of all elements."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +21,28 @@ class Few:
     """Which elements of `memory` are rows and columns of the young units, and whose age counts.
 
     An element that belongs to two of them belongs to the younger.
+
+    Args:
+        memory: all parameters, `[all elements]`.
+        features: of each part, `Part.features()`.
+        width: length of the vector over all sites, and one.
+        pace: the one pair of betas.
     """
 
-    def __init__(self, memory: Tensor, parts: Sequence[Part], width: int, pace: Pace) -> None:
-        self.memory, self.parts, self.width = memory, parts, width
+    def __init__(
+        self,
+        memory: Tensor,
+        parts: Sequence[Part],
+        features: Sequence[Mapping[int, Sequence[int]]],
+        width: int,
+        pace: Pace,
+    ) -> None:
+        self.memory, self.parts, self.features, self.width = memory, parts, features, width
         f = pace.short[0]
         self._f = torch.cat([f, f[-1:].expand(pace.horizon)])  # by age; they go on growing
         first = int(memory.storage_offset())
         self._starts = [int(part.parameter.storage_offset()) - first for part in parts]
         self._anchor = parts[0].parameter, parts[0].parameter.data_ptr()
-        self._features = [_features(part) for part in parts]
         self._sizes = [self._size(unit) for unit in range(width)]
         self._elements: dict[Unit, Tensor] = {}
         self._owner = torch.zeros(len(memory), dtype=torch.int64)  # copy * width + unit
@@ -100,7 +112,7 @@ class Few:
     def _size(self, unit: int) -> int:
         """How many elements a unit of any copy has."""
         count = 0
-        for part, features in zip(self.parts, self._features, strict=True):
+        for part, features in zip(self.parts, self.features, strict=True):
             shape = list(part.parameter.shape)[1 if part.batched else 0 :]
             if part.rows is not None and part.rows.start <= unit < part.rows.stop:
                 count += math.prod(shape[1:])
@@ -112,7 +124,7 @@ class Few:
         if unit not in self._elements:
             copy, place = unit
             found = []
-            for part, start, features in zip(self.parts, self._starts, self._features, strict=True):
+            for part, start, features in zip(self.parts, self._starts, self.features, strict=True):
                 shape = list(part.parameter.shape)
                 shape = shape if part.batched else [1, *shape]
                 block = start + copy * math.prod(shape[1:])
@@ -126,17 +138,3 @@ class Few:
                     found.append(torch.add(rows, torch.arange(area_at, area_at + area)).flatten())
             self._elements[unit] = torch.cat(found)
         return self._elements[unit]
-
-
-def _features(part: Part) -> dict[int, list[int]]:
-    """Input features of each unit that the part reads."""
-    if part.columns is None:
-        return {}
-    if isinstance(part.columns, slice):
-        places = list(range(part.columns.start, part.columns.stop))
-    else:
-        places = part.columns.tolist()
-    found: dict[int, list[int]] = {}
-    for feature, place in enumerate(places):
-        found.setdefault(place, []).append(feature)
-    return found

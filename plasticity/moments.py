@@ -79,7 +79,9 @@ class Moments:
         self.host_offset = self.offset.tolist()
         self.host_birth = [_NEVER] * copies  # of the youngest unit, or later
         # On the CPU births are read where they lie, after each event: who is young, and where.
-        self._seen = self.birth.numpy() if device.type == "cpu" else None
+        on_cpu = device.type == "cpu"
+        self._seen = self.birth.numpy() if on_cpu else None
+        self._features = [part.features() for part in self.parts] if on_cpu else []
         self._changed = False  # since then
         self._few: Few | None = None
         self._sparse = False  # this step corrects a few elements, not whole tensors
@@ -127,7 +129,7 @@ class Moments:
         if memory is None or any(_scale(group) for group in self.optimizer.param_groups):
             return None
         (pace,) = self.paces.values()
-        return Few(memory, self.parts, self.birth.shape[1], pace)
+        return Few(memory, self.parts, self._features, self.birth.shape[1], pace)
 
     def restart(
         self,

@@ -35,6 +35,18 @@ class Part:
     before: Tensor | None = None  # memory for the weights before a step
     fixed: Sides | None = None
 
+    def features(self) -> dict[int, list[int]]:
+        """Input features of each unit (its place in the vector over all sites); asks the device."""
+        if self.columns is None:
+            return {}
+        columns = self.columns
+        if isinstance(columns, slice):
+            return {place: [k] for k, place in enumerate(range(columns.start, columns.stop))}
+        found: dict[int, list[int]] = {}
+        for feature, place in enumerate(columns.tolist()):
+            found.setdefault(place, []).append(feature)
+        return found
+
     def sides(self, vectors: Tensor) -> Sides:
         """The rows' and the columns' share of vectors `[k, S, total + 1]`, as they broadcast."""
         ndim = self.parameter.ndim + (0 if self.batched else 1)
