@@ -221,7 +221,13 @@ def test_compiled_hooks_equal_eager_ones(spec: str) -> None:
 
 
 def test_a_whole_compiled_step_equals_an_eager_one() -> None:
-    _compiled_equals_eager("l2-init:strength=0.01", "aot_eager", shallow, whole=True)
+    _compiled_equals_eager("cbp:rate=0.1,maturity=4", "aot_eager", shallow, whole=True)
+
+
+def test_hooks_compiled_beside_torchs_own_adam_equal_eager_ones() -> None:
+    """Its step refuses to be part of a whole graph."""
+    spec = "cbp:rate=0.1,maturity=4"
+    _compiled_equals_eager(spec, "aot_eager", shallow, whole=False, kind=adam)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +274,11 @@ def test_hooks_compiled_by_inductor_equal_eager_ones(spec: str) -> None:
 
 
 def _compiled_equals_eager(
-    spec: str, backend: str, network: Callable[..., nn.Module], whole: bool
+    spec: str,
+    backend: str,
+    network: Callable[..., nn.Module],
+    whole: bool,
+    kind: Callable[..., Optimizer] = BatchedAdam,
 ) -> None:
     """Compiled without a graph break: hooks and optimizer together, or the hooks alone."""
     torch._dynamo.reset()
@@ -276,8 +286,7 @@ def _compiled_equals_eager(
     # Adam where its state matters; elsewhere its per-unit steps would only take time to compile.
     adams = whole or method_of(spec) in (*RECYCLING, *NEEDS_ADAM, "optimizer-reset")
     eager, compiled = (
-        Run([spec], (0, 1), optimizer=BatchedAdam if adams else sgd, network=network)
-        for _ in range(2)
+        Run([spec], (0, 1), optimizer=kind if adams else sgd, network=network) for _ in range(2)
     )
     if isinstance(compiled.optimizer, BatchedAdam):
         compiled.optimizer.prepare()
