@@ -2,9 +2,12 @@
 
 PPO's update alone, at the ant's setting (two 256-256 networks, minibatches of 128 of 105 numbers,
 one thread), on made-up transitions. Every method's update stands beside a plain one, in turn, and
-only the ratio of such a pair counts: machines are noisy. Methods are measured late in a run, where
-units are mature and optimizer steps many; what happens every so many steps is measured by itself
-and spread over its period.
+only the ratio of such a pair counts: machines are noisy. Methods are measured late in a run, after
+many optimizer steps, with units of all the ages that continual backprop leads to in the long run;
+what happens every so many steps is measured by itself and spread over its period.
+
+Exact steps of young units cost more under Adam's usual betas (0.9, 0.999), where a unit is young
+for 6,000 steps, than under (0.99, 0.99), where it is for 600: recycling is measured under both.
 """
 
 from __future__ import annotations
@@ -26,12 +29,19 @@ _LATE = 1_000_000  # optimizer steps done before it
 _PENALTIES = ("l2", "weight-decay", "l2-init", "spectral", "parseval", "infer")
 # What a method may cost at most, as a share of a plain update.
 LIMITS = {"cbp": 0.10, "redo": 0.03, **dict.fromkeys(_PENALTIES, 0.10)}
+_BETAS = (0.9, 0.999)  # of all measurements but the second of the following
+_EQUAL, _TWICE = (0.99, 0.99), ("cbp", "redo", "snr", "regrama")
 
 
 class _Update:
     """PPO with or without a method, and the time of an epoch over fixed transitions."""
 
-    def __init__(self, plasticity: tuple[str, ...], value_loss: str = "mse") -> None:
+    def __init__(
+        self,
+        plasticity: tuple[str, ...],
+        value_loss: str = "mse",
+        betas: tuple[float, float] = _BETAS,
+    ) -> None:
         import gymnasium as gym
         import numpy as np
         import torch
@@ -44,6 +54,7 @@ class _Update:
             "batch_size": _BATCH,
             "n_epochs": 1,
             "learning_rate": 1e-4,
+            "betas": betas,
             "plasticity": plasticity,
             "value_loss": value_loss,
         }
@@ -74,12 +85,26 @@ class _Update:
         handle, optimizer = self.agent.handle, self.agent.optimizer
         state = handle.state_dict()
         state["updates"].fill_(updates)
-        for key, value in state.items():
-            if key.endswith(".age"):
-                value.fill_(updates)
+        for name, method in handle.interventions.items():
+            if f"{name}.age" in state:
+                ages = self._ages(method)
+                state[f"{name}.age"].copy_(ages)
+                state["moments.birth"][:, :-1].copy_(updates - ages)
         handle.load_state_dict(state)
         for kept in optimizer.state.values():
             kept["step"].fill_(updates)
+
+    def _ages(self, method: Any) -> Any:
+        """Ages `[1, units]` in the long run of recycling at `rate` from `maturity` on: even up to
+        there, then falling off exponentially."""
+        import torch
+
+        total = self.agent.units.total
+        lengths = torch.randperm(total, generator=torch.Generator().manual_seed(0)).double()
+        lengths = (lengths + 0.5) / total * (method.maturity + 1 / method.rate)
+        beyond = (lengths - method.maturity).clamp(min=0) * method.rate
+        older = method.maturity - torch.log1p(-beyond) / method.rate
+        return torch.where(beyond > 0, older, lengths).long().clamp(min=1).unsqueeze(0)
 
 
 def _periods(name: str) -> list[int]:
@@ -118,15 +143,27 @@ def bench_plasticity(stream: TextIO, rounds: int = ROUNDS) -> dict[str, Any]:
         plain = _Update(())
         plain.seconds()
         costs: dict[str, list[float]] = {}
-        print("cost over PPO's plain update, % (median of the rounds)", file=stream)
-        for name in [*METHODS, *(value for value in VALUES if value != "mse")]:
-            method = name in METHODS
-            update = _Update((name,)) if method else _Update((), name)
+        print(
+            f"cost over PPO's plain update, % (median of the rounds); Adam's betas {_BETAS}, "
+            f"second line {_EQUAL}",
+            file=stream,
+        )
+
+        def measure(title: str, update: _Update, name: str) -> None:
             update.seconds()
-            costs[name] = _cost(update, plain, _periods(name) if method else [], rounds)
+            periods = _periods(name) if name in METHODS else []
+            costs[title] = _cost(update, plain, periods, rounds)
             limit = f"  (at most {100 * LIMITS[name]:.0f})" if name in LIMITS else ""
-            value = 100 * statistics.median(costs[name])
-            print(f"  {name:20s} {value:7.1f}{limit}", file=stream, flush=True)
+            value = 100 * statistics.median(costs[title])
+            print(f"  {title:20s} {value:7.1f}{limit}", file=stream, flush=True)
+
+        for name in METHODS:
+            measure(name, _Update((name,)), name)
+            if name in _TWICE:
+                measure(f"{name} {_EQUAL[0]}", _Update((name,), betas=_EQUAL), name)
+        for name in VALUES:
+            if name != "mse":
+                measure(name, _Update((), name), name)
         step = 1e3 * statistics.median(plain.seconds() for _ in range(rounds)) / _STEPS
         print(f"  a plain step takes {step:.2f} ms", file=stream)
     finally:

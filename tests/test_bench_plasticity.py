@@ -13,12 +13,15 @@ def test_periods_are_those_that_a_measurement_may_miss() -> None:
 
 
 def test_late_updates_hold_the_events_whose_cost_is_measured() -> None:
-    cbp = _Update(("cbp:rate=0.01",))
+    cbp = _Update(("cbp:rate=0.01,maturity=100",))
     cbp.seconds()
     assert cbp.agent.handle.counts()["cbp"] == 0  # no unit is mature yet
     cbp.at(1_000_000)
     cbp.seconds()
     assert cbp.agent.handle.counts()["cbp"] > 0
+    ages = cbp._ages(cbp.agent.handle.interventions["cbp"])
+    assert abs((ages > 100).double().mean().item() - 0.5) < 0.01  # half of a life of 100 + 1/0.01
+    assert abs(ages[ages > 100].double().mean().item() - 200) < 5
     redo = _Update(("redo:threshold=2",))
     redo.at(1_000_000 - 17)
     redo.seconds()
