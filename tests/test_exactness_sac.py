@@ -1,4 +1,4 @@
-"""SAC from the command line: killed and stopped, resumed to the same bits, replay included."""
+"""SAC from the command line on two threads: killed and stopped, resumed to the same bits."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from tests.test_checkpoint import same
 from tests.test_exactness import command, finish, scalars
 
-STEPS, SEEDS = 4000, (0, 1)
+STEPS, SEEDS = 4000, (0,)
 OPTIONS = (
     "--env-args change_every=900 max_episode_steps=150 --num-envs 2 --batch-size 32 --train-freq 4 "
     "--net-arch 32,32 --learning-starts 200 --buffer-size 3000 --n-step 2 --at-change per-task "
-    "--checkpoint-every 1000 --metrics-every 1000 --seeds 2 --plasticity cbp:rate=0.01,maturity=20 "
+    "--checkpoint-every 1000 --metrics-every 1000 --seeds 1 --plasticity cbp:rate=0.01,maturity=20 "
     f"reset:every=350 --value-loss hl-gauss:low=-50,high=50 --steps {STEPS} --device cpu"
 ).split()
 
@@ -32,7 +32,7 @@ def start(*words: str) -> subprocess.Popen:
 
 
 def wait_for(folder: Path, process: subprocess.Popen, steps: int) -> None:
-    """Until both seeds have a checkpoint at `steps` or later."""
+    """Until every seed has a checkpoint at `steps` or later."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if all((checkpoints(folder / f"seed-{seed}") or [0])[-1] >= steps for seed in SEEDS):
