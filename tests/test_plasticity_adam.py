@@ -191,19 +191,27 @@ def test_bad_shapes_and_masks() -> None:
         optimizer.step([True, False, True])
 
 
+@pytest.mark.parametrize("sizes", [(4, 6), (600, 500)], ids=["small", "large"])
 @pytest.mark.parametrize("copies", [1, 3])
-def test_batched_linear_equals_linear_layers(copies: int) -> None:
+def test_batched_linear_equals_linear_layers(copies: int, sizes: tuple[int, int]) -> None:
     generators = [torch.Generator().manual_seed(s) for s in range(copies)]
-    layer = BatchedLinear(copies, 4, 6, init=Init("orthogonal", 2**0.5), generators=generators)
-    x = torch.randn(copies, 7, 4, requires_grad=True)
+    init = Init("orthogonal", 2**0.5)
+    layer = BatchedLinear(copies, *sizes, init=init, generators=generators, dtype=torch.float64)
+    x = torch.randn(copies, 7, sizes[0], requires_grad=True, dtype=torch.float64)
     y = layer(x)
+    direction = torch.randn_like(y)
+    y.backward(direction)
     for c in range(copies):
         torch.testing.assert_close(y[c], x[c] @ layer.weight[c].T + layer.bias[c])
-        alone = BatchedLinear(
-            1, 4, 6, init=layer.init, generators=[torch.Generator().manual_seed(c)]
-        )
+        torch.testing.assert_close(layer.weight.grad[c], direction[c].T @ x[c])
+        torch.testing.assert_close(layer.bias.grad[c], direction[c].sum(0))
+        torch.testing.assert_close(x.grad[c], direction[c] @ layer.weight[c])
+        generator = torch.Generator().manual_seed(c)
+        alone = BatchedLinear(1, *sizes, init=init, generators=[generator], dtype=torch.float64)
         assert torch.equal(alone.weight[0], layer.weight[c])
-    torch.testing.assert_close(layer.weight[0].T @ layer.weight[0], 2 * torch.eye(4))
+    small = min(sizes)
+    rows = layer.weight[0] if sizes[1] <= sizes[0] else layer.weight[0].T
+    torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(small, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
