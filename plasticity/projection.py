@@ -43,7 +43,7 @@ def project(weights: Sequence[Tensor], radius: Tensor, due: Tensor, axes: int) -
         weight.mul_(factor.view(len(weight), -1, *[1] * (weight.ndim - 2)))
 
 
-def _with_targets(layers: Sequence[Layer], targets: Sequence[nn.Module]) -> list[list[Tensor]]:
+def with_targets(layers: Sequence[Layer], targets: Sequence[nn.Module]) -> list[list[Tensor]]:
     """The layers' weights, and those of each target network: an average of weights is shorter than
     they are, so a target that follows them would drift below their norm."""
     likes = [
@@ -122,7 +122,7 @@ class NormalizeAndProject(Intervention):
             for layer in units.layers
             if getattr(layer.module, "scale_free", False) and layer.module.weight in owned
         ]
-        self._weights = _with_targets(layers, self.targets)
+        self._weights = with_targets(layers, self.targets)
         self._affine = [] if self.gains == "fixed" else list(_affine(units))
         self.register_buffer("radius", _radii(self._weights, 1, units))
 
@@ -208,7 +208,7 @@ class WeightNorm(Intervention):
             for layer in units.layers
             if layer.module.weight in owned and (self.scope == "all" or layer.name in hidden)
         ]
-        self._weights = _with_targets(layers, self.targets)
+        self._weights = with_targets(layers, self.targets)
         radius = _radii(self._weights, self._axes, units)
         self.register_buffer("radius", radius * self.scale)
 

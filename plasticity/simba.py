@@ -15,9 +15,9 @@ from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.copies import BatchedLinear, Init
 from perennial.plasticity.fit import check_equal
 from perennial.plasticity.norms import norm_after
-from perennial.plasticity.projection import norm_of, project
+from perennial.plasticity.projection import norm_of, project, with_targets
 from perennial.plasticity.registry import check, default
-from perennial.plasticity.units import Layer, Units
+from perennial.plasticity.units import Units
 
 _SHIFT = 3.0  # SimbaV2 appends it to the observation, so that its length survives normalisation
 
@@ -112,7 +112,8 @@ class SimBa(Intervention):
 
     Deviations: weights of version 1's blocks are uniform with the variance of the paper's normal
     draw. Version 2 ends at the trunk: the output layer is an ordinary one, and rewards and the
-    critic's loss are the agent's.
+    critic's loss are the agent's. Rows of target networks, which follow as averages and would
+    become shorter, are made unit vectors again with those of their network.
     """
 
     name: ClassVar[str] = "simba"
@@ -128,7 +129,7 @@ class SimBa(Intervention):
         super().__init__()
         check(self.name, {"version": version, "blocks": blocks, "expansion": expansion})
         self.version, self.blocks, self.expansion = version, blocks, expansion
-        self._layers: list[Layer] = []
+        self._weights: list[list[Tensor]] = []  # of the network, and of each target
 
     def rewrite(
         self, net: nn.Sequential, generators: Sequence[torch.Generator] | None = None
@@ -180,24 +181,23 @@ class SimBa(Intervention):
     def bind(self, units: Units, optimizer: Optimizer) -> None:
         require_rewritten(self, units)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
-        self._layers = [
+        layers = [
             layer
             for layer in units.layers
             if getattr(layer.module, "unit_rows", False) and layer.module.weight in owned
         ]
-        for layer in self._layers:  # whoever initialised the network last may not have known
+        self._weights = with_targets(layers, self.targets)
+        for layer in layers:  # whoever initialised the network last may not have known
             norm = norm_of(layer.weight, 2)
             off = ((norm - 1).abs() > 1e-4) & (norm > 0)
             layer.weight.div_(torch.where(off, norm, 1.0).unsqueeze(-1))
 
     def after_step(self) -> None:
-        if not self._layers:
-            return
-        due = self.clock.due(1)
+        due = self.clock.due(1) if self._weights else None
         if due is None:
             return
-        weights = [layer.weight for layer in self._layers]
-        project(weights, torch.ones_like(due, dtype=weights[0].dtype).unsqueeze(-1), due, 2)
+        for weights in self._weights:
+            project(weights, torch.ones_like(due, dtype=weights[0].dtype).unsqueeze(-1), due, 2)
 
 
 class _Maker:

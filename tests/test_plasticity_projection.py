@@ -184,6 +184,23 @@ def test_targets_are_projected():
     assert torch.equal(target[-1].weight, head)
 
 
+def test_rows_of_simba_targets_stay_unit_vectors():
+    net, generators = network()
+    rewrite(net, "simba:version=2", generators=generators)
+    target = copy.deepcopy(net)
+    rows = [m.weight for m in target.modules() if getattr(m, "unit_rows", False)]
+    head = [p.detach().clone() for p in target[-1].parameters()]
+    assert len(rows) > 2
+    for weight in rows:  # an average of unit vectors
+        weight.data.mul_(0.9)
+    train(net, "simba:version=2", steps=1, active=[True, False, True], targets=[target])
+    for weight in rows:
+        norm = norm_of(weight.detach(), 2)
+        assert torch.allclose(norm[::2], torch.ones_like(norm[::2]))
+        assert torch.allclose(norm[1], torch.full_like(norm[1], 0.9))
+    assert all(torch.equal(a, b) for a, b in zip(head, target[-1].parameters(), strict=True))
+
+
 def test_radii_are_state():
     net, generators = network()
     rewrite(net, "nap", generators=generators)
