@@ -131,17 +131,22 @@ def _evaluate(words: list[str]) -> int:
             _DIR,
             Argument("episodes", whole(1, 10**6), "whole episodes for each seed", 10),
             Argument("task", whole(0), "task of the schedule (default: the one training reached)"),
+            Argument("video", text("FILE.mp4"), "film the first episode of each seed"),
         ],
         words,
     )
     path = _needed("evaluate", given["dir"])
     from perennial.agents import run
 
+    if given["video"] is not None:
+        from perennial.agents.video import check_video
+
+        check_video(given["video"])
     # What is no run, or has no such task, is refused before torch is imported.
     run.Run.open(path).check_task(given["task"])
     from perennial.agents import evaluate
 
-    return evaluate.main(path, given["episodes"], given["task"], sys.stdout)
+    return evaluate.main(path, given["episodes"], given["task"], sys.stdout, given["video"])
 
 
 def _list(words: list[str]) -> int:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -98,7 +99,9 @@ def test_raw_returns_by_game_are_those_of_the_episodes(unbroken: Run) -> None:
             assert 3 <= len(marked) < len(points)
 
 
-def test_the_trained_agent_plays_the_games_it_is_asked_for(unbroken: Run) -> None:
+def test_the_trained_agent_plays_and_films_the_games_it_is_asked_for(
+    unbroken: Run, tmp_path: Path
+) -> None:
     policy = evaluate.Policy(unbroken, 5)
     found = newest_checkpoint([unbroken.seed_dirs[5]])
     assert found is not None and policy.env_steps == found[0]
@@ -121,8 +124,15 @@ def test_the_trained_agent_plays_the_games_it_is_asked_for(unbroken: Run) -> Non
     ]
     short.write()
     stream = io.StringIO()
-    assert evaluate.main(short.path, 1, 2, stream) == 0
-    assert "task 2, Breakout" in stream.getvalue()
+    film = tmp_path / "some folder" / "played.mp4"
+    film.parent.mkdir()
+    assert evaluate.main(short.path, 1, 2, stream, str(film)) == 0
+    assert "task 2, Breakout" in stream.getvalue() and str(film) in stream.getvalue()
+    pictures_shown = imageio_ffmpeg.read_frames(str(film))
+    meta = next(pictures_shown)
+    assert (meta["size"], meta["fps"]) == ((320, 420), 15.0)
+    assert len(list(pictures_shown)) == 100 * len(unbroken.config.seeds)
+    assert list(film.parent.iterdir()) == [film]
 
 
 @pytest.mark.slow

@@ -84,6 +84,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("evaluate", "{foreign}", "--episodes", "0"), "episodes: expected a whole number"),
     (("evaluate", "{foreign}", "--task", "-1"), "task: expected a whole number from 0"),
     (("evaluate", "{foreign}", "--vidoe", "x"), "unknown option '--vidoe'"),
+    (("evaluate", "{foreign}", "--video", "x.mov"), "must end in .mp4"),
+    (("evaluate", "{foreign}", "--video", "{foreign}/no/x.mp4"), "its folder does not exist"),
     (("list", "env"), "did you mean 'envs'?"),
     (("list", "envs", "agents"), "unexpected word 'agents'"),
     (("bench", "pp0"), "did you mean 'ppo'?"),

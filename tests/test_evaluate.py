@@ -1,10 +1,15 @@
 """Playing what was trained: in which task, on what, and how it is seen."""
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from perennial.agents.config import UsageError
+from perennial.agents.video import Video, check_video, draw_without_a_screen
 from perennial.envs.vector import make_vec
 
 ARGS: dict[str, dict[str, Any]] = {
@@ -30,3 +35,40 @@ def test_the_task_of_a_saved_state_is_known_without_playing(env: str) -> None:
             assert envs.task_of(block) == now
     assert np.unique(seen).size == (1 if env == "CartPole-v1" else 6)
     envs.close()
+
+
+def test_a_film_that_was_not_finished_leaves_no_file(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.mp4"
+    film = Video(kept, 30.0)
+    film.close()  # nothing was filmed
+    assert not kept.exists()
+    film.add(np.zeros((480, 480, 3), np.uint8))
+    film.drop()
+    assert list(tmp_path.iterdir()) == []
+    film.add(np.zeros((480, 480, 3), np.uint8))
+    film.close()
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_what_a_film_needs_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "imageio_ffmpeg" else found(name)
+    )
+    with pytest.raises(UsageError, match=r"^--video needs .* 'perennial-rl\[video\]'$"):
+        check_video(str(tmp_path / "x.mp4"))
+
+
+def test_mujoco_draws_without_a_screen_but_not_against_the_users_will(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    draw_without_a_screen()
+    assert os.environ["MUJOCO_GL"] == "glfw"
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setenv("DISPLAY", ":0")
+    draw_without_a_screen()
+    assert "MUJOCO_GL" not in os.environ
