@@ -35,6 +35,7 @@ from perennial.agents.temperature import RestartsWithActor, Temperature
 from perennial.plasticity import attach, find_units, make, metrics
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
+from perennial.plasticity.base import Intervention
 from perennial.plasticity.copies import Init
 
 _PROBE_ROWS = 1024
@@ -73,7 +74,7 @@ class SAC:
         )
         self.units = find_units(self.actor, self.log_ent_coef.new_zeros(len(seeds), 1, n_obs))
         self.handle = attach(
-            [*map(make, config.interventions), RestartsWithActor(self.temperature)],
+            [*map(make, config.interventions), *self._beside()],
             self.units,
             self.optimizer,
             seeds=seeds,
@@ -107,6 +108,10 @@ class SAC:
         self.updates = 0
         self.sums: dict[str, np.ndarray] = {}
         self.summed = 0
+
+    def _beside(self) -> list[Intervention]:
+        """What acts beside the actor's methods."""
+        return [RestartsWithActor(self.temperature)] if "reset" in self.config.methods else []
 
     # ---- acting --------------------------------------------------------------------------------
 
