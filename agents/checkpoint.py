@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def _join(value: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
     if isinstance(value, list):
         return [_join(v, tensors, folder) for v in value]
     return value
+
+
+def _pruned(value: Any, without: str | None) -> Any:
+    """The plain tree, with None for whatever stands under the key `without`."""
+    if isinstance(value, dict):
+        return {k: None if k == without else _pruned(v, without) for k, v in value.items()}
+    return [_pruned(v, without) for v in value] if isinstance(value, list) else value
+
+
+def _files(value: Any) -> Iterator[str]:
+    """Names of the large arrays' files that a plain tree refers to."""
+    if isinstance(value, dict) and set(value) == {_FILE}:
+        yield value[_FILE]
+    elif isinstance(value, dict | list):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _files(v)
 
 
 class _Hashed:
@@ -156,19 +173,28 @@ def checkpoints(seed_dir: Path) -> list[int]:
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
 
 
-def read_checkpoint(seed_dir: Path, env_steps: int) -> dict[str, Any]:
-    """The tree written at `env_steps`; ValueError in one line when a file is missing or damaged."""
+def read_checkpoint(seed_dir: Path, env_steps: int, without: str | None = None) -> dict[str, Any]:
+    """The tree written at `env_steps`; ValueError in one line when a file is missing or damaged.
+
+    Where only a part is wanted: what stands under the key `without` is None, and the large files
+    that it alone needs are not looked at.
+    """
     folder = seed_dir / "checkpoints" / str(env_steps)
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         hashes = manifest["sha256"]
         if manifest["format"] != _FORMAT or manifest["env_steps"] != env_steps:
             raise ValueError(f"{folder}: manifest.json is of another format or step")
-        for name in {"tensors.safetensors", "state.json", *hashes}:
+        unread = set()
+        if without is not None:
+            whole = json.loads((folder / "state.json").read_bytes())
+            unread = set(_files(whole)) - set(_files(_pruned(whole, without)))
+        for name in {"tensors.safetensors", "state.json", *hashes} - unread:
             if _sha256(folder / Path(name).name) != hashes[name]:
                 raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
         tensors = load((folder / "tensors.safetensors").read_bytes())
-        return _join(json.loads((folder / "state.json").read_bytes()), tensors, folder)
+        plain = json.loads((folder / "state.json").read_bytes())
+        return _join(_pruned(plain, without), tensors, folder)
     except (
         OSError,
         KeyError,
@@ -184,13 +210,16 @@ def read_checkpoint(seed_dir: Path, env_steps: int) -> dict[str, Any]:
 
 
 def newest_checkpoint(
-    seed_dirs: list[Path], warn: Any = None
+    seed_dirs: list[Path], warn: Any = None, without: str | None = None
 ) -> tuple[int, list[dict[str, Any]]] | None:
-    """The newest env_steps at which all of `seed_dirs` have a good checkpoint, and the trees."""
+    """The newest env_steps at which all of `seed_dirs` have a good checkpoint, and the trees.
+
+    `without`: see `read_checkpoint`.
+    """
     common = set.intersection(*(set(checkpoints(d)) for d in seed_dirs))
     for env_steps in sorted(common, reverse=True):
         try:
-            return env_steps, [read_checkpoint(d, env_steps) for d in seed_dirs]
+            return env_steps, [read_checkpoint(d, env_steps, without) for d in seed_dirs]
         except ValueError as e:
             if warn is not None:
                 warn(f"{e}; falling back to the checkpoint before")

@@ -279,8 +279,10 @@ class Replay:
             "priorities": priorities and priorities.state(copy, held * self.lanes),
         }
 
-    def load_state(self, copy: int, state: dict[str, Any]) -> None:
-        """Continue one seed from `state`."""
+    def load_state(self, copy: int, state: dict[str, Any] | None) -> None:
+        """Continue one seed from `state`; from None, empty: enough to act."""
+        if state is None:
+            return
         for name in ("actions", "rewards", "terminated", "ended"):
             getattr(self, name)[copy, : len(state[name])] = state[name]
         self.written = state["written"]
