@@ -12,7 +12,7 @@ from torch import Tensor
 from perennial.plasticity.pace import Pace
 from perennial.plasticity.parts import Part
 
-_SHARE = 0.2  # of all elements: above, whole tensors are cheaper
+_SHARE = 0.15  # of all elements: above, whole tensors are cheaper
 
 Unit = tuple[int, int]  # copy, place in the vector over all sites
 

@@ -82,7 +82,8 @@ class Moments:
         on_cpu = device.type == "cpu"
         self._seen = self.birth.numpy() if on_cpu else None
         self._features = [part.features() for part in self.parts] if on_cpu else []
-        self._changed = False  # since then
+        self._known = None if self._seen is None else self._seen.copy()  # when last looked at
+        self._changed = False  # births may have changed since then
         self._few: Few | None = None
         self._sparse = False  # this step corrects a few elements, not whole tensors
 
@@ -110,10 +111,13 @@ class Moments:
         """Who is young, read off the births: a function of them alone, so that a resumed run goes
         the same way."""
         self._changed = False
-        if self._seen is None:
+        if self._seen is None or self._known is None:
             return
         latest = self._seen.max(1)
         self.host_birth = latest.tolist()
+        if (self._seen == self._known).all():
+            return  # the event recycled nobody
+        self._known[:] = self._seen
         if self._few is None or not self._few.current():
             self._few = self._lists()
         if self._few is not None:
@@ -262,9 +266,9 @@ class Moments:
             if not mine:
                 continue
             if self._late:
-                vectors = pace.settled(ages)
+                vectors, risen = pace.settled(ages), self._past(pace.turn)
                 for part, before in mine:
-                    self._correct(part, before, pace, part.kept_sides(vectors))
+                    self._correct(part, before, pace, part.kept_sides(vectors), risen)
                 continue
             states = [self.optimizer.state.get(part.parameter, {}) for part, _ in mine]
             steps = torch.stack([torch.as_tensor(state.get("step", 0)) for state in states])
@@ -272,7 +276,17 @@ class Moments:
             for (part, before), vectors in zip(mine, each, strict=True):
                 self._correct(part, before, pace, part.sides(vectors))
 
-    def _correct(self, part: Part, before: Tensor, pace: Pace, sides: Sides) -> None:
+    def _past(self, age: int) -> bool:
+        """Whether every unit that moves is known to have this age."""
+        known = self.clock.known
+        if known is None or self._seen is None:
+            return False
+        return all(known[c] - self.host_birth[c] >= age for c in self.clock.current())
+
+    def _correct(
+        self, part: Part, before: Tensor, pace: Pace, sides: Sides, risen: bool = False
+    ) -> None:
+        """risen: at all present ages f does not fall any more."""
         parameter = part.parameter
         row, column = sides[0]
         if row is None or column is None:
@@ -280,7 +294,7 @@ class Moments:
             assert factor is not None
         elif not pace.rises:
             factor = self._younger(torch.maximum, "falling", sides[0], parameter)
-        elif not pace.falls:
+        elif risen or not pace.falls:
             factor = self._younger(torch.minimum, "rising", sides[0], parameter)
         else:
             factor = self._younger(torch.maximum, "falling", sides[1], parameter)

@@ -23,6 +23,7 @@ class Pace:
     Attributes:
         horizon: first t from which on f counts as 1.
         falls, rises: whether f does, somewhere.
+        turn: t from which on it does not fall.
         table: float64 `[k, horizon + 1]`: f, and where it both falls and rises (k = 3) its falling
             part and its rising part, 1 and 0 at the end; else k = 1.
         short: the same in the dtype of the weights.
@@ -42,6 +43,8 @@ class Pace:
         self.falls = betas[0] > 0
         self.rises = betas[1] > 0 and betas[0] != betas[1]
         self.horizon = len(f) - 1
+        down = f[1:].diff().lt(0).nonzero()
+        self.turn = int(down[-1]) + 2 if len(down) else 1
         rows = f.unsqueeze(0)
         if self.falls and self.rises:
             rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
