@@ -75,7 +75,7 @@ class PPOConfig(Config):
     net_arch: tuple[int, ...] | None = network(
         optional(several(whole(1, 65_536), "widths such as 256,256", (1, 32)), "auto"),
         None,
-        "hidden layers, on images after the convolutions; auto: 256,256, as published on images",
+        "widths of hidden layers (on images after convolutions); auto: 256,256, images 512 or 128",
     )
     trunk: str = network(
         choice("auto", "shared", "separate"),
