@@ -70,11 +70,14 @@ def _join(value: Any, tensors: dict[str, torch.Tensor], folder: Path) -> Any:
     return value
 
 
-def _pruned(value: Any, without: str | None) -> Any:
-    """The plain tree, with None for whatever stands under the key `without`."""
-    if isinstance(value, dict):
-        return {k: None if k == without else _pruned(v, without) for k, v in value.items()}
-    return [_pruned(v, without) for v in value] if isinstance(value, list) else value
+def _pruned(tree: dict[str, Any], without: str | None) -> dict[str, Any]:
+    """The plain tree with None in the place of the path `without`, such as "agent/replay"."""
+    if without is None:
+        return tree
+    key, _, rest = without.partition("/")
+    if key not in tree:
+        return tree
+    return {**tree, key: _pruned(tree[key], rest) if rest else None}
 
 
 def _files(value: Any) -> Iterator[str]:
@@ -176,7 +179,7 @@ def checkpoints(seed_dir: Path) -> list[int]:
 def read_checkpoint(seed_dir: Path, env_steps: int, without: str | None = None) -> dict[str, Any]:
     """The tree written at `env_steps`; ValueError in one line when a file is missing or damaged.
 
-    Where only a part is wanted: what stands under the key `without` is None, and the large files
+    Where only a part is wanted: what stands at the path `without` is None, and the large files
     that it alone needs are not looked at.
     """
     folder = seed_dir / "checkpoints" / str(env_steps)

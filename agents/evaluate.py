@@ -29,7 +29,7 @@ class Policy:
         if seed not in run.seed_dirs:
             known = ", ".join(map(str, run.config.seeds))
             raise UsageError(f"{run.path} has no seed {seed}: it has {known}")
-        found = newest_checkpoint([run.seed_dirs[seed]], without="replay")
+        found = newest_checkpoint([run.seed_dirs[seed]], without="agent/replay")
         if found is None:
             raise UsageError(
                 f"seed {seed} has no good checkpoint yet: `perennial resume {run.path}`"

@@ -40,20 +40,20 @@ def test_the_task_of_a_saved_state_is_known_without_playing(env: str) -> None:
 
 def test_the_replay_is_left_on_the_disk(tmp_path: Path) -> None:
     frames, weights = np.zeros((5, 2**20), np.uint8), np.ones((2, 2**20), np.float32)
-    tree = {"agent": {"net": weights, "replay": {"frames": frames, "written": 5}}, "task": 3}
+    tree = {"agent": {"net": weights, "replay": {"frames": frames, "written": 5}}, "replay": 7}
     folder = write_checkpoint(tmp_path, 100, tree)
     damaged = [p for p in folder.glob("*.npy") if p.stat().st_size < 6 * 2**20]
     assert len(damaged) == 1
     damaged[0].write_bytes(b"x")
-    found = newest_checkpoint([tmp_path], without="replay")
+    found = newest_checkpoint([tmp_path], without="agent/replay")
     assert found is not None
     (read,) = found[1]
-    assert (read["agent"]["replay"], read["task"]) == (None, 3)
+    assert (read["agent"]["replay"], read["replay"]) == (None, 7)
     assert np.array_equal(read["agent"]["net"], weights)
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(tmp_path, 100)
     (folder / next(iter({*folder.glob("*.npy")} - {*damaged})).name).write_bytes(b"x")
-    assert newest_checkpoint([tmp_path], without="replay") is None
+    assert newest_checkpoint([tmp_path], without="agent/replay") is None
 
 
 def test_a_film_that_was_not_finished_leaves_no_file(tmp_path: Path) -> None:
