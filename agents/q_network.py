@@ -12,48 +12,13 @@ from perennial.agents.aside import Aside
 from perennial.agents.config import DQNConfig
 from perennial.agents.convnets import build_net
 from perennial.agents.convolved import Convolved
+from perennial.agents.dueling import Dueling
 from perennial.agents.networks import Passes, WrittenOut, passes
 from perennial.plasticity.architecture import rewrite
-from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.copies import Init
 from perennial.plasticity.units import WEIGHTED
 
 NET = "q_net"  # what metrics call it
-
-
-class Dueling(nn.Module):
-    """Two streams in place of the last two layers: Q = V + A - mean of A over actions.
-
-    Wang et al., "Dueling network architectures for deep reinforcement learning", 2016
-    (arXiv 1511.06581). For distributions the sum is of each of their m outputs. The paper's scaling
-    of the trunk's gradient by 1/sqrt(2) is left out.
-    """
-
-    def __init__(self, net: nn.Sequential, outputs: int, generators: Sequence[torch.Generator]):
-        """`net` ends in linear, activation, linear with n * m outputs; its parts are taken over.
-
-        outputs: m per action.
-        """
-        super().__init__()
-        *trunk, hidden, activation, last = net
-        assert isinstance(hidden, BatchedLinear) and isinstance(last, BatchedLinear)
-        self.actions = last.n_out // outputs
-        self.trunk = nn.Sequential(*trunk)
-        self.value = nn.Sequential(
-            _like(hidden, hidden.n_out, generators),
-            type(activation)(),
-            _like(last, outputs, generators),
-        )
-        self.advantage = nn.Sequential(hidden, activation, last)
-
-    def forward(self, x: Tensor) -> Tensor:  # [S, B, *D] -> [S, B, n * m]
-        features = self.trunk(x)
-        value = self.value(features).unsqueeze(-2)
-        advantage = self.advantage(features).unflatten(-1, (self.actions, -1))
-        return (advantage + (value - advantage.mean(-2, keepdim=True))).flatten(-2)
-
-
-def _like(layer: BatchedLinear, n_out: int, generators: Sequence[torch.Generator]) -> BatchedLinear:
-    return BatchedLinear(layer.copies, layer.n_in, n_out, init=layer.init, generators=generators)
 
 
 def build_q_net(

@@ -22,7 +22,7 @@ def net_of(copies=1, shape=(3, 36, 40), **given) -> nn.Module:
 @pytest.mark.parametrize(
     "shape, given",
     [((3, 36, 40), {}), ((3, 36, 40), {"net_arch": (12, 7), "activation": "tanh"}),
-     ((1, 10, 11), {"net_arch": (8,)})],
+     ((1, 10, 11), {"net_arch": (8,)}), ((3, 36, 40), {"net_arch": (9,), "dueling": True})],
 )  # fmt: skip
 def test_passes_equal_autograd(shape, given, copies, threaded):
     net = net_of(copies, shape, **given)
@@ -44,7 +44,8 @@ def test_passes_equal_autograd(shape, given, copies, threaded):
         assert torch.allclose(p.grad, g, atol=1e-12)
     assert torch.allclose(written.look(x[:, :1]), expected[:, :1], atol=1e-12)
     inputs = {}
-    for layer in (net, *written.layers):
+    layers = [*written.convolutions, *(m for stream in written.streams for m in stream)]
+    for layer in (net, *layers):
         layer.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
     net(x)
     assert seen.keys() == inputs.keys()
@@ -54,11 +55,11 @@ def test_passes_equal_autograd(shape, given, copies, threaded):
 
 
 def test_what_does_not_fit():
-    """Norms, dueling streams, unknown nonlinearities and hooks are left to autograd."""
+    """Norms, deep dueling nets, unknown nonlinearities and hooks are left to autograd."""
     for given in (
         {"plasticity": ["layer-norm"]},
         {"plasticity": ["crelu"]},
-        {"dueling": True},
+        {"dueling": True, "net_arch": (8, 8)},
         {"activation": "silu"},
     ):
         assert not Convolved.fits(net_of(**given)), given

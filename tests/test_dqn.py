@@ -11,9 +11,9 @@ import torch
 from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from perennial.agents.config import UsageError, build_config
 from perennial.agents.dqn import DQN, bootstrap, td_loss
+from perennial.agents.dueling import Dueling
 from perennial.agents.episodes import Episodes
 from perennial.agents.loop import train_group
-from perennial.agents.q_network import Dueling
 from perennial.agents.replay import Sample
 from perennial.agents.streams import environment_seeds
 from perennial.envs.vector import make_vec
