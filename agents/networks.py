@@ -22,12 +22,19 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
 }
-# In-place activation of a buffer and gradient from (incoming gradient, activation).
+# In-place activation of a buffer, and gradient from (incoming gradient, activation) in place of the
+# former: a fresh buffer of this size costs as much as a product, in page faults.
 _WRITTEN_OUT: dict[
     type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 ] = {
-    nn.ReLU: (torch.relu_, lambda grad, h: torch.ops.aten.threshold_backward(grad, h, 0)),
-    nn.Tanh: (torch.tanh_, lambda grad, h: torch.ops.aten.tanh_backward(grad, h)),
+    nn.ReLU: (
+        torch.relu_,
+        lambda grad, h: torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad),
+    ),
+    nn.Tanh: (
+        torch.tanh_,
+        lambda grad, h: torch.ops.aten.tanh_backward.grad_input(grad, h, grad_input=grad),
+    ),
 }
 
 
@@ -67,6 +74,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
+_List = Sequence[Tensor]
 Record = Callable[[nn.Module, Tensor], None]
 
 
@@ -238,31 +246,35 @@ class WrittenOut:
         """
         weights = [weight for weight, _ in self.parts]
         weights[0] = weights[0][..., -last:]
+        _, spare = self._space(gradient.shape[1])
         if self.copies == 1:
-            return self._by_inputs(gradient[0], weights, self.hidden)[None]
-        if gradient.device.type != "cpu" or not self._large(gradient.shape[1]):
-            return self._chain(gradient, weights, self.hidden)
-        hidden = zip(*self.hidden, strict=True)
-        each = zip(gradient, zip(*weights, strict=True), hidden, strict=True)
-        return torch.stack([self._by_inputs(g, list(w), list(h)) for g, w, h in each])
+            return self._by_inputs(gradient[0], weights, self.hidden, spare)[None]
+        if not self._large(gradient):
+            return self._chain(gradient, weights, self.hidden, spare)
+        each = zip(
+            gradient, *(zip(*x, strict=True) for x in (weights, self.hidden, spare)), strict=True
+        )
+        return torch.stack([self._by_inputs(g, w, h, s) for g, w, h, s in each])
 
-    def _large(self, batch: int) -> bool:
-        return batch * max(w.shape[-2] * w.shape[-1] for w, _ in self.parts) > _LARGE
+    def _large(self, gradient: Tensor) -> bool:
+        """Whether it pays to look for rows without a gradient; never where that asks a device."""
+        largest = max(w.shape[-2] * w.shape[-1] for w, _ in self.parts)
+        return gradient.device.type == "cpu" and gradient.shape[-2] * largest > _LARGE
 
-    def _by_inputs(self, gradient: Tensor, weights: list[Tensor], hidden: list[Tensor]) -> Tensor:
+    def _by_inputs(self, gradient: Tensor, weights: _List, hidden: _List, spare: _List) -> Tensor:
         """The same of one copy: gradient [B, n_out] to [B, last]."""
-        if gradient.device.type != "cpu" or not self._large(len(gradient)):
-            return self._chain(gradient, weights, hidden)
-        rows = gradient.any(-1).nonzero()[:, 0]
-        if len(rows) == len(gradient):
-            return self._chain(gradient, weights, hidden)
-        kept = [hidden[0], *(h.index_select(0, rows) for h in hidden[1:])]
-        found = self._chain(gradient.index_select(0, rows), weights, kept)
+        rows = gradient.any(-1).nonzero()[:, 0] if self._large(gradient) else None
+        if rows is None or len(rows) == len(gradient):
+            return self._chain(gradient, weights, hidden, spare)
+        chosen = [h.index_select(0, rows) for h in hidden[1:]]
+        space = [s[: len(rows)] for s in spare]
+        found = self._chain(gradient.index_select(0, rows), weights, [rows, *chosen], space)
         return found.new_zeros(len(gradient), found.shape[1]).index_copy_(0, rows, found)
 
-    def _chain(self, gradient: Tensor, weights: list[Tensor], hidden: list[Tensor]) -> Tensor:
+    def _chain(self, gradient: Tensor, weights: _List, hidden: _List, spare: _List) -> Tensor:
         for k in range(len(weights) - 1, 0, -1):
-            gradient = self.differentiate(gradient @ weights[k], hidden[k])
+            torch.matmul(gradient, weights[k], out=spare[k - 1])
+            gradient = self.differentiate(spare[k - 1], hidden[k])
         return gradient @ weights[0]
 
 
