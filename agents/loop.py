@@ -183,7 +183,7 @@ class Group:
         steps = self.episodes.env_steps
         self._write_episodes()
         for copy, (seed, recorder) in enumerate(zip(self.seeds, self.recorders, strict=True)):
-            averages = self.episodes.averages(copy)
+            averages, names = self.episodes.averages(copy), self.names[copy]
             measured = {tag: float(values[copy]) for tag, values in correlates.items()}
             if recorder.due(steps):
                 measured |= averages | self._task_scalars(copy) | {"time/fps": fps}
@@ -196,6 +196,7 @@ class Group:
                     "seed": seed,
                     "env_steps": steps,
                     "task": self.tasks[copy],
+                    "name": None if names is None else names(self.tasks[copy]),
                     "fps": fps,
                     "return": averages.get("rollout/ep_rew_mean"),
                 }

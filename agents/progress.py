@@ -62,7 +62,10 @@ class Progress:
             print(self.line(), file=self.stream, flush=True)
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """Take a seed's report: seed, env_steps, task, return (None: no episode ended yet), fps."""
+        """Take a seed's report: seed, env_steps, task, return (None: no episode ended yet), fps.
+
+        And a task's name, where it has one.
+        """
         self._latest[message["seed"]] = message
         if self._bar is not None:
             self._bar.update(
@@ -119,6 +122,9 @@ class Progress:
         tasks = sorted({m["task"] for m in latest})
         returns = [m["return"] for m in latest if m["return"] is not None]
         task = f"task {tasks[0]}" if len(tasks) == 1 else f"tasks {tasks[0]}-{tasks[-1]}"
+        names = {m.get("name") for m in latest} - {None}
+        if len(names) == 1:
+            task += f" ({names.pop()})"
         return f"{task}  return {sum(returns) / len(returns):.1f}" if returns else task
 
 

@@ -296,6 +296,19 @@ def test_progress_prints_plain_lines_now_and_then() -> None:
     assert lines[4].startswith("100.0 %  10,000 of 10,000")
 
 
+def test_progress_names_the_game_that_all_seeds_play() -> None:
+    progress = Progress(100, (0, 1), io.StringIO())
+    for names, shown in (
+        (("Pong", "Pong"), "task 1 (Pong)"),
+        (("Pong", "Alien"), "task 1"),
+        ((None, None), "task 1"),
+    ):
+        for seed, name in enumerate(names):
+            report = {"seed": seed, "env_steps": 10, "task": 1, "fps": 9.0, "return": None}
+            progress.update(report | {"name": name})
+        assert progress.line().endswith(f"  {shown}")
+
+
 def test_progress_shows_a_bar_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
