@@ -16,6 +16,7 @@ from perennial.plasticity.surgery import Selection
 from perennial.plasticity.units import Site, Units, product, sum_rows
 
 _WINDOW = 64  # steps of coins that the host looks up at once
+_Coins = dict[int, list[tuple[int, float]]]  # step -> place of a site, and its coin
 _COIN, _LOT = 1, 3  # streams of this method beside that of fresh weights (base.FRESH)
 
 
@@ -118,6 +119,7 @@ class ContinualBackprop(Intervention):
         self._outs = [self._view(self._outgoing, p) for p, _, _ in self._sites]
         rectified = all(site.nonnegative for _, site, _ in self._sites)
         self._plain = self.kind == "contribution" and rectified and flat
+        self._ages = self.age.numpy() if device.type == "cpu" else None
         self._shares: dict[tuple[int, ...], Tensor] = {}
         # Whether 1 - eta^age is 1 to the last bit for every unit that may be replaced.
         self._settled = self.decay ** (self.maturity + 1) < 2.0**-60
@@ -141,7 +143,7 @@ class ContinualBackprop(Intervention):
 
     def _loaded(self) -> None:
         """Coins of the coming steps are looked up anew."""
-        self._coming: list[tuple[int, int, dict[int, list[int]]]] = [(0, 0, {})] * self.clock.copies
+        self._coming: list[tuple[int, int, _Coins]] = [(0, 0, {})] * self.clock.copies
 
     def after_step(self) -> None:
         self._observe()
@@ -233,6 +235,7 @@ class ContinualBackprop(Intervention):
         """Places of the sites where this step may replace a unit; mostly none, at usual rates.
 
         At most as many units are eligible as the site has: the coin alone tells when none is due.
+        On the CPU ages are read where they lie, and it is known.
         """
         known = self.clock.known
         if self.rate == 0 or known is None:
@@ -248,19 +251,24 @@ class ContinualBackprop(Intervention):
             if not first <= step < end:
                 table = self._look_ahead(copy, step)
                 self._coming[copy] = step, step + _WINDOW, table
-            if step in table:
-                due.update(table[step])
+            for place, coin in table.get(step, ()):
+                if self._ages is not None:
+                    eligible = (self._ages[copy, self._sites[place][2]] > self.maturity).sum()
+                    if self.rate * float(eligible) + coin < 1:
+                        continue
+                due.add(place)
         return sorted(due)
 
-    def _look_ahead(self, copy: int, start: int) -> dict[int, list[int]]:
+    def _look_ahead(self, copy: int, start: int) -> _Coins:
         """Steps of the coming window whose coin may replace units of this copy, and where."""
-        table: dict[int, list[int]] = {}
+        table: _Coins = {}
         for place, (position, site, _) in enumerate(self._sites):
             key = draws.fold_int(draws.fold_int(self._keys[copy], _COIN), position + 1)
             expected = self.rate * site.n
             for step in range(start, start + _WINDOW):
-                if expected + draws.to_uniform_int(draws.fold_int(key, step)) >= 1:
-                    table.setdefault(step, []).append(place)
+                coin = draws.to_uniform_int(draws.fold_int(key, step))
+                if expected + coin >= 1:
+                    table.setdefault(step, []).append((place, coin))
         return table
 
     def _select(self, position: int, site: Site, span: slice) -> Selection:
