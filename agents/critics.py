@@ -58,11 +58,11 @@ class TwinCritics:
         self.cuts = (
             [slice(0, middle), slice(middle, copies)] if self.aside.threaded else [slice(None)]
         )
-        self.online, self.delayed = self._passes(self.net), self._passes(self.targets)
+        self.online, self.delayed = self._passes(self.net), self._passes(self.targets, False)
 
-    def _passes(self, net: MLP) -> list[Passes]:
+    def _passes(self, net: MLP, learns: bool = True) -> list[Passes]:
         if len(self.cuts) == 1:
-            return [passes(net)]
+            return [passes(net, learns)]
         return [WrittenOut(net, cut) for cut in self.cuts]
 
     def look(

@@ -119,8 +119,8 @@ class DQN:
         if threads > 1 and on_cpu and images and not plain:
             torch.set_num_threads(threads)
         self.acting = Acting(self.net) if on_cpu and WrittenOut.fits(self.net) else None  # type: ignore[arg-type]
-        self.online, self.choosing = q_passes(self.net, aside), q_passes(self.net, aside)
-        self.delayed = q_passes(self.targets, aside)
+        self.online, self.choosing = q_passes(self.net, aside), q_passes(self.net, aside, False)
+        self.delayed = q_passes(self.targets, aside, False)
         self.clip = Clip(self.net.parameters(), config.max_grad_norm)
         self.explore = EpsilonGreedy(config, seeds, self.actions)
         self.replay_stream = Streams(seeds, "replay")

@@ -87,11 +87,14 @@ def _gradient(parameter: Tensor | None) -> Tensor:
 
 
 class Autograd:
-    """Training passes of any network: forward, then backward from a gradient of the output."""
+    """Training passes of any network: forward, then backward from a gradient of the output.
 
-    def __init__(self, net: nn.Module):
-        self.net = net
-        self.gradients = [_gradient(p) for p in net.parameters()]
+    `learns`: whether a backward will ever be asked for; without, forwards are not recorded.
+    """
+
+    def __init__(self, net: nn.Module, learns: bool = True):
+        self.net, self.learns = net, learns
+        self.gradients = [_gradient(p) for p in net.parameters()] if learns else []
         self.output: Tensor | None = None
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
@@ -99,16 +102,15 @@ class Autograd:
 
         `wants_input`: `input_gradient` will be asked for, in place of `backward`.
         """
-        for gradient in self.gradients:
-            gradient.zero_()
         self.input = x.detach().requires_grad_(wants_input)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.learns):
             self.output = self.net(self.input)
         return self.output.detach()
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
         """Leave the gradients of sum(output * gradient) in every parameter's .grad."""
         assert self.output is not None
+        torch._foreach_zero_(self.gradients)
         self.output.backward(gradient)
         self.output = None
 
@@ -318,6 +320,6 @@ class Acting:
 Passes = Autograd | WrittenOut
 
 
-def passes(net: nn.Module) -> Passes:
-    """The fastest training passes that `net` allows."""
-    return WrittenOut(net) if WrittenOut.fits(net) else Autograd(net)  # type: ignore[arg-type]
+def passes(net: nn.Module, learns: bool = True) -> Passes:
+    """The fastest training passes that `net` allows; `learns`: see `Autograd`."""
+    return WrittenOut(net) if WrittenOut.fits(net) else Autograd(net, learns)  # type: ignore[arg-type]

@@ -44,9 +44,9 @@ def layer_keys(net: nn.Module) -> dict[str, str]:
     return {name: f"{NET}/{k}" for k, name in zip(itertools.count(), layers)}
 
 
-def q_passes(net: nn.Module, aside: Aside) -> Passes | Convolved:
+def q_passes(net: nn.Module, aside: Aside, learns: bool = True) -> Passes | Convolved:
     """The fastest training passes that `net` allows."""
-    return Convolved(net, aside) if Convolved.fits(net) else passes(net)
+    return Convolved(net, aside) if Convolved.fits(net) else passes(net, learns)
 
 
 def look(through: Passes | Convolved, x: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class SAC:
         if threaded and not plain:
             torch.set_num_threads(threads)
         self.acting = Acting(self.actor) if plain and on_cpu else None
-        self.actor_passes, self.next_passes = passes(self.actor), passes(self.actor)
+        # Activations are recorded where learning passes, not on the next observations.
+        self.actor_passes, self.next_passes = passes(self.actor), passes(self.actor, learns=False)
 
         self.squash = SquashedGaussian(n_act)
         self.action_stream = Streams(seeds, "action")

@@ -9,6 +9,7 @@ from perennial.agents.aside import Aside
 from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
 from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
 from perennial.agents.streams import Streams, torch_generator
+from perennial.plasticity import find_units
 from perennial.plasticity.copies import Init
 
 
@@ -173,3 +174,21 @@ def test_categorical_draws_follow_the_softmax():
     shares = np.bincount(actions.ravel(), minlength=3) / 20_000
     assert np.abs(shares - [0.2, 0.5, 0.3]).max() < 0.015
     assert head.asked(actions[0, :2]).tolist() == (actions[0, :2].ravel() + 5).tolist()
+
+
+def test_methods_see_activations_of_learning_passes_alone():
+    """Of a network that only autograd serves too: forwards on next observations leave no trace."""
+    net = MLP(1, (5, 8, 3), "elu", *[Init("orthogonal", 1.0)] * 2, [torch_generator(0, "init")])
+    (site,) = find_units(net, torch.zeros(1, 1, 5))
+    learning, looking = passes(net), passes(net, learns=False)
+    assert isinstance(learning, Autograd) and isinstance(looking, Autograd)
+    x = torch.randn(1, 7, 5)
+    out = learning.forward(x)
+    seen = site.activation.clone()
+    ahead = looking.forward(x + 1.0)
+    assert torch.equal(site.activation, seen) and not torch.equal(ahead, out)
+    learning.backward(torch.ones_like(out))
+    first = net[0].weight.grad.clone()
+    learning.forward(x)
+    learning.backward(torch.ones_like(out))
+    assert first.any() and torch.equal(first, net[0].weight.grad)  # gradients do not add up
