@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from perennial.agents.aside import Aside
+from perennial.agents.by_copy import ByCopy
 from perennial.agents.config import Config, PPOConfig
-from perennial.agents.convnets import build_net, build_trunk
+from perennial.agents.convnets import build_net, build_trunk, useful_threads
 from perennial.agents.distributions import distribution_of
 from perennial.agents.networks import Acting, Record, WrittenOut, passes
 from perennial.agents.streams import torch_generator
@@ -108,19 +109,23 @@ class Sides:
 
     Args:
         net: on its device.
+        shape: of an observation.
         threads: two networks on two threads, one core each, beat matrix products split over two
-            cores; where autograd runs them, products take the threads.
+            cores; where autograd runs them, products take the threads, but for small images.
     """
 
-    def __init__(self, net: ActorCritic, threads: int):
+    def __init__(self, net: ActorCritic, shape: Sequence[int], threads: int):
         self.net = net
         self.device = next(net.parameters()).device
         on_cpu = self.device.type == "cpu"
         parts = [net.shared] if net.shared is not None else [net.policy, net.value]
-        self.passes = [passes(part) for part in parts]
+        images = len(shape) > 1
+        self.passes = [
+            ByCopy(part) if images and ByCopy.fits(part) else passes(part) for part in parts
+        ]
         written_out = isinstance(self.passes[0], WrittenOut)
         self.acting = Acting(net.policy) if written_out and on_cpu else None  # type: ignore[arg-type]
-        threaded = threads > 1 and on_cpu
+        threaded = useful_threads(shape, threads) > 1 and on_cpu
         self.aside = Aside(threaded and written_out)
         if threaded and not written_out:
             torch.set_num_threads(threads)

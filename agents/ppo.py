@@ -27,7 +27,7 @@ from torch import Tensor
 from perennial.agents.actor_critic import ActorCritic, Sides, check_actions
 from perennial.agents.clipping import Clip
 from perennial.agents.config import PPOConfig
-from perennial.agents.convnets import observation_shape, useful_threads
+from perennial.agents.convnets import observation_shape
 from perennial.agents.distributions import SurrogateGradient, approximate_kl, value_gradient
 from perennial.agents.episodes import Episodes
 from perennial.agents.minibatches import Batch, shuffled, standardised
@@ -86,7 +86,7 @@ class PPO:
             seeds=seeds,
             hooks=False,
         )
-        self.sides = Sides(self.net, useful_threads(shape, threads))
+        self.sides = Sides(self.net, shape, threads)
         self.clip = Clip(self.net.parameters(), config.max_grad_norm)
         self.record = self.units.record if self.handle.observes else None
 

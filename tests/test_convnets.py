@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from perennial.agents.by_copy import ByCopy
 from perennial.agents.convnets import build_net, observation_shape
-from perennial.plasticity import BatchedConv2d, Init
+from perennial.agents.networks import Autograd
+from perennial.plasticity import BatchedConv2d, Init, find_units, rewrite
 
 CONFIG = SimpleNamespace(
     agent="ppo", env="Some-v0", net_arch=None, flat_arch=(7, 5), activation="relu"
@@ -73,6 +75,33 @@ def test_small_images_and_widths() -> None:
     assert sum(isinstance(m, nn.Tanh) for m in net) == 3
     flat = list(build_net(CONFIG, (4,), 2, Init(), Init(), generators(range(1))))
     assert [m.weight.shape[1] for m in flat[::2]] == [7, 5, 2]
+
+
+@pytest.mark.parametrize("methods", [[], ["layer-norm", "crelu"]], ids=["plain", "rewritten"])
+def test_passes_copy_by_copy_equal_those_of_all(methods: list[str]) -> None:
+    net = build_net(CONFIG, (2, 12, 12), 3, Init(), Init(), generators(range(3))).double()
+    rewrite(net, methods, generators=generators(range(3)))
+    x = torch.randint(0, 256, (3, 5, 2, 12, 12), dtype=torch.uint8)
+    direction = torch.randn(3, 5, 3, dtype=torch.float64)
+    units = find_units(net, x[:, :1])
+    assert ByCopy.fits(net)
+    slow, fast = Autograd(net), ByCopy(net)
+    expected = slow.forward(x)
+    slow.backward(direction)
+    gradients = [p.grad.clone() for p in net.parameters()]
+    features = [site.features.clone() for site in units]
+    for site in units:
+        site.raw = None
+    for _ in range(2):  # the second time over what the first has left
+        assert torch.allclose(fast.forward(x, units.record), expected, rtol=0, atol=1e-12)
+        fast.backward(direction)
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, gradient, rtol=0, atol=1e-11)
+    for site, seen in zip(units, features, strict=True):
+        assert torch.allclose(site.features, seen, rtol=0, atol=1e-12)
+    with torch.no_grad():  # the parts are views: what moves the network moves them
+        next(net.parameters()).mul_(2)
+    assert torch.allclose(fast.forward(x), net(x), rtol=0, atol=1e-12)
 
 
 def test_observations_that_fit_and_one_line_for_others() -> None:
