@@ -90,7 +90,7 @@ def agent_of(seeds, plasticity=(), **options):
     given = {"env": CATCH, "n_steps": 32, "num_envs": 2, "batch_size": 32, "n_epochs": 3,
              "steps": 1000, "seeds": seeds, "plasticity": list(plasticity), **options}  # fmt: skip
     config = build_config("ppo", given=given)
-    envs = make_vec(config.env, len(seeds) * 2, schedule_seeds=seeds)
+    envs = make_vec(config.env, len(seeds) * 2, schedule_seeds=seeds, **config.env_args)
     space = envs.single_observation_space, envs.single_action_space
     agent = PPO(config, *space, tuple(seeds), dtype=torch.float64)
     agent.start(envs.reset(seed=[lane for s in seeds for lane in environment_seeds(s, 2)])[0])
@@ -162,8 +162,29 @@ def test_rewards_are_clipped_for_learning_and_raw_in_the_log():
     assert {e.ret for e in episodes.take(0)} == {-1.0, 1.0}
 
 
-def test_values_of_a_shared_trunk_are_those_of_the_rollout():
-    agent, envs, episodes = agent_of((0, 1))
+def test_a_time_limit_is_bootstrapped_with_the_value_of_the_last_image():
+    agent, envs, episodes = agent_of((0, 1), env_args={"max_episode_steps": 4}, gamma=0.9)
+    agent.collect(envs, episodes)
+    assert agent.ends[3::4].all() and agent.ends.sum() == 4 * 8
+    seeds = [lane for s in (0, 1) for lane in environment_seeds(s, 2)]
+    for lane, seed in enumerate(seeds):
+        game = Catch()
+        game.reset(seed=seed)
+        for t in range(32):
+            image = game.step(agent.actions[lane // 2, t, lane % 2, 0])[0]
+            expected = 0.0
+            if t % 4 == 3:
+                both = torch.from_numpy(np.stack([image[None]] * 2))
+                expected = 0.9 * float(agent.values(both)[lane // 2, 0])
+                game.reset()
+            assert agent.rewards[t, lane] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["mse", "hl-gauss:low=-2,high=2", "quantile"])
+def test_values_of_a_shared_trunk_are_those_of_the_rollout(loss):
+    agent, envs, episodes = agent_of((0, 1), value_loss=loss)
+    agent.collect(envs, episodes)
+    agent.update(0.0)
     agent.collect(envs, episodes)
     ours = agent.codec.decode(agent.value_outputs.flatten(1, 2))
     theirs = agent.values(agent.observations.flatten(1, 2))
