@@ -9,8 +9,8 @@ and the KL stop never look across seeds.
     perennial train ppo --env perennial/SlipperyAnt-v0 --steps 1e6 --plasticity cbp
 
 Deviations: initial weights are drawn per seed from their own stream; log probabilities of a rollout
-come from the means that acted, values from one batch after the rollout (the same numbers up to
-rounding).
+come from the means that acted, values of a network of its own from one batch after the rollout (the
+same numbers up to rounding).
 """
 
 from __future__ import annotations
