@@ -13,6 +13,10 @@ belongs to two units, its row's and its column's; the younger counts. f may fall
 t: it is kept as a falling plus a rising part, for the younger has the larger of the one and the
 smaller of the other.
 
+In float32 f counts as 1 once it stays within 1e-3 of it (pace.py), and then nothing is done for a
+unit any more. On the CPU, while few units are young, only their elements are held and corrected
+(few.py), where the parameters share one memory, as `BatchedAdam` lays them out; else whole tensors.
+
 Once f(T) = 1 this is Adam with a step count per element,
 `p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`, as in `lop/utils/AdamGnT.py` of Dohare et
 al. 2024. Deviation from a newborn tensor under torch: eps is not bias-corrected by t (torch adds
