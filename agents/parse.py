@@ -121,7 +121,11 @@ def _unset(argument: Argument) -> Any:
 
 def _annotation(argument: Argument) -> Any:
     kind = argument.kind
-    bare = argument.positional or (argument.default is None and kind.word is None)
+    bare = (
+        argument.positional
+        or argument.default == ""  # must be given
+        or (argument.default is None and kind.word is None)
+    )
     hint = "" if bare else f"(default: {kind.spell(argument.default)})"
     if kind.switch:
         about = tyro.conf.arg(help=argument.help, help_behavior_hint=hint)
