@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from perennial.agents.run import cores
 from perennial.agents.side_by_side import ROUNDS, Table, ours, peer
 
-_PONG, _PONG_STEPS, _PONG_WARM = "ALE/Pong-v5", 4000, 1000
-_CARTPOLE, _CARTPOLE_STEPS, _CARTPOLE_WARM = "CartPole-v1", 16_000, 1000
+_PONG, _PONG_STEPS, _PONG_WARM = "ALE/Pong-v5", 2500, 1000
+_CARTPOLE, _CARTPOLE_STEPS, _CARTPOLE_WARM = "CartPole-v1", 8000, 1000
 _BATCH, _EVERY = 32, 4
 _OPTIONS = {
     "learning_rate": 1e-4,

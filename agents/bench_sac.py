@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from perennial.agents.run import cores
 from perennial.agents.side_by_side import ROUNDS, Table, ours, peer
 
-_ENV, _STEPS, _WARM = "Ant-v5", 3000, 1000
+_ENV, _STEPS, _WARM = "Ant-v5", 2000, 1000
 _OBSERVED, _ACTED, _WIDTH, _BATCH = 105, 8, 256, 256
 
 # What an SB3 user would write; prints env steps per second after the warm-up.
@@ -89,10 +89,10 @@ def products_alone() -> float:
     return done / (time.perf_counter() - begun)
 
 
-def _ours(seeds: int, plasticity: tuple[str, ...] = ()) -> tuple[float, dict[str, float]]:
+def _ours(seeds: int) -> tuple[float, dict[str, float]]:
     """Env steps per second over all seeds, and seconds by part of the loop."""
     given = {"env": _ENV, "seeds": seeds, "steps": _STEPS, "metrics_every": 2000}
-    return ours("sac", {**given, "plasticity": plasticity})
+    return ours("sac", given)
 
 
 def bench_sac(stream: TextIO) -> dict[str, Any]:
@@ -111,7 +111,6 @@ def bench_sac(stream: TextIO) -> dict[str, Any]:
         words = _ENV, 1, _STEPS, _WARM
         table.add(f"sb3, {side}", peer(_SB3_SAC, *words, processes=available))
         table.add(f"perennial, {side}", _ours(available)[0])
-        table.add("perennial, layer-norm", _ours(1, ("layer-norm",))[0])
         table.add("environment alone", peer(_ALONE.format("environment_alone")))
         bound = peer(_ALONE.format("products_alone"), processes=available)
         table.add("matrix products alone, all cores", bound)
@@ -125,7 +124,6 @@ def bench_sac(stream: TextIO) -> dict[str, Any]:
         f"{side}: of the products' bound": table.ratio(
             f"perennial, {side}", "matrix products alone, all cores"
         ),
-        "layer-norm / without": table.ratio("perennial, layer-norm", f"perennial, {alone}"),
         **{f"share of time: {part}": value / spent for part, value in seconds.items()},
     }
     return table.show(stream, "env steps/s", ratios)
