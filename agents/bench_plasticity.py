@@ -29,7 +29,7 @@ _LATE = 1_000_000  # optimizer steps done before it
 _PENALTIES = ("l2", "weight-decay", "l2-init", "spectral", "parseval", "infer")
 # What a method may cost at most, as a share of a plain update.
 LIMITS = {"cbp": 0.10, "redo": 0.03, **dict.fromkeys(_PENALTIES, 0.10)}
-_BETAS = (0.9, 0.999)  # of all measurements but the second of the following
+_BETAS = (0.9, 0.999)  # the default; of all measurements but the second of the following
 _EQUAL, _TWICE = (0.99, 0.99), ("cbp", "redo", "snr", "regrama")
 
 
@@ -54,10 +54,11 @@ class _Update:
             "batch_size": _BATCH,
             "n_epochs": 1,
             "learning_rate": 1e-4,
-            "betas": betas,
             "plasticity": plasticity,
             "value_loss": value_loss,
         }
+        if betas != _BETAS:  # where they are the default, a method may set its own
+            given["betas"] = betas
         config = build_config("ppo", given=given)
         assert isinstance(config, PPOConfig)
         seen, acted = (gym.spaces.Box(-np.inf, np.inf, (n,)) for n in (105, 8))

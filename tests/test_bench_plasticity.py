@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from perennial.agents.bench_plasticity import LIMITS, _cost, _periods, _Update
 from perennial.plasticity.registry import METHODS
 
@@ -36,3 +38,9 @@ def test_a_dear_change_of_the_network_costs_more_than_a_cheap_penalty() -> None:
     plain = _Update(())
     cheap, dear = (_cost(_Update((name,)), plain, [], 3) for name in ("l2", "simba"))
     assert sorted(cheap)[1] < 1 < sorted(dear)[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_measured(name: str) -> None:
+    update = _Update((name,))
+    assert update.agent.handle.interventions.keys() <= {name}
