@@ -30,6 +30,7 @@ from perennial.agents.critics import load_weights, weights_of
 from perennial.agents.episodes import Episodes
 from perennial.agents.exploration import EpsilonGreedy
 from perennial.agents.networks import Acting, WrittenOut
+from perennial.agents.off_policy import step_into
 from perennial.agents.q_network import build_q_net, layer_keys, look, q_passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.streams import Streams, torch_generator
@@ -189,35 +190,15 @@ class DQN:
 
     def _step(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
         """One step of every lane into the replay; the targets follow where it is time."""
-        config, lead = self.config, self.latest.shape[:2]
+        config = self.config
         explores, actions = self.explore.draw(episodes.env_steps)
         if not explores.all():
             actions = np.where(explores, actions, self._values(self.latest).argmax(-1))
-        obs, rewards, terminated, truncated, infos = envs.step(self.asked(actions))
-        raw = np.asarray(rewards, np.float64)[None]
-        ended = terminated | truncated
-        finals: dict[int, np.ndarray] = {}
-        if "_final_obs" in infos:
-            episodes.end(0, raw, ended, infos)
-            finals = {
-                int(lane): np.asarray(infos["final_obs"][lane], self.latest.dtype)
-                for lane in np.flatnonzero(truncated & ~terminated)
-            }
-        episodes.rollout(raw)
-        self.latest = obs.reshape(self.latest.shape).astype(self.latest.dtype)
-        tasks = [envs.task_of(c)[0] for c in range(lead[0])]  # type: ignore[attr-defined]
-        self.explore.notice(tasks, episodes.env_steps)
-        bound = config.clips_rewards
-        learned = raw if bound is None else raw.clip(-bound, bound)
-        self.replay.add(
-            tasks,
-            actions,
-            learned.reshape(lead),
-            terminated.reshape(lead),
-            ended.reshape(lead),
-            self.latest,
-            finals,
+        asked, bound = self.asked(actions), self.config.clips_rewards
+        self.latest, tasks = step_into(
+            self.replay, envs, episodes, asked, actions, self.latest, bound
         )
+        self.explore.notice(tasks, episodes.env_steps)
         self.steps += 1
         if self.steps % max(1, config.target_update_interval // config.num_envs) == 0:
             self._follow()

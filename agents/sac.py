@@ -28,6 +28,7 @@ from perennial.agents.config import SACConfig
 from perennial.agents.critics import TWINS, TwinCritics, load_weights, weights_of
 from perennial.agents.episodes import Episodes
 from perennial.agents.networks import MLP, Acting, WrittenOut, passes
+from perennial.agents.off_policy import step_into
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator
@@ -171,7 +172,7 @@ class SAC:
 
     def _step(self, envs: gym.vector.VectorEnv, episodes: Episodes) -> None:
         """One step of every lane into the replay."""
-        config, lead = self.config, self.latest.shape[:2]
+        config = self.config
         if episodes.env_steps < config.learning_starts:
             actions = self.action_stream.uniform(config.num_envs, self.squash.size) * 2.0 - 1.0
         else:
@@ -179,30 +180,9 @@ class SAC:
             actions = self.squash.act(self._actor(self.latest), noise)
         actions = actions.astype(self.latest.dtype)
         asked = self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
-        obs, rewards, terminated, truncated, infos = envs.step(
-            asked.reshape(lead[0] * lead[1], -1).astype(self.low.dtype)
-        )
-        raw = np.asarray(rewards, np.float64)[None]
-        ended = terminated | truncated
-        finals: dict[int, np.ndarray] = {}
-        if "_final_obs" in infos:
-            episodes.end(0, raw, ended, infos)
-            finals = {
-                int(lane): np.asarray(infos["final_obs"][lane], self.latest.dtype)
-                for lane in np.flatnonzero(truncated & ~terminated)
-            }
-        episodes.rollout(raw)
-        self.latest = obs.reshape(self.latest.shape).astype(self.latest.dtype)
-        tasks = [envs.task_of(c)[0] for c in range(lead[0])]  # type: ignore[attr-defined]
-        bound = config.clips_rewards
-        self.replay.add(
-            tasks,
-            actions,
-            (raw if bound is None else np.clip(raw, -bound, bound)).reshape(lead),
-            terminated.reshape(lead),
-            ended.reshape(lead),
-            self.latest,
-            finals,
+        asked = asked.reshape(-1, self.squash.size).astype(self.low.dtype)
+        self.latest, _ = step_into(
+            self.replay, envs, episodes, asked, actions, self.latest, config.clips_rewards
         )
 
     def _actor(self, observations: np.ndarray) -> np.ndarray:
