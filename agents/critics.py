@@ -6,12 +6,13 @@ import copy as copying
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
 from perennial.agents.networks import MLP, Passes, WrittenOut, passes
 from perennial.agents.streams import torch_generator
+from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
@@ -200,16 +201,3 @@ def _twice(pairs: Tensor, cut: slice) -> Tensor:
     if len(pairs) == 1:
         return pairs.expand(len(range(TWINS)[cut]), -1, -1)
     return pairs.repeat_interleave(TWINS, 0)[cut]
-
-
-def weights_of(net: nn.Module, copy: int) -> dict[str, Tensor]:
-    """One copy's weights and buffers, on the CPU."""
-    return {name: value[copy].detach().cpu() for name, value in net.state_dict().items()}
-
-
-@torch.no_grad()
-def load_weights(net: nn.Module, copy: int, weights: dict[str, Tensor]) -> None:
-    """Write what `weights_of` returned."""
-    own = net.state_dict()
-    for name, value in weights.items():
-        own[name][copy].copy_(value)

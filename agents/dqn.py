@@ -26,7 +26,6 @@ from perennial.agents.clipping import Clip
 from perennial.agents.config import DQNConfig
 from perennial.agents.convnets import observation_shape
 from perennial.agents.convolved import Convolved
-from perennial.agents.critics import load_weights, weights_of
 from perennial.agents.episodes import Episodes
 from perennial.agents.exploration import EpsilonGreedy
 from perennial.agents.networks import Acting, WrittenOut
@@ -34,6 +33,7 @@ from perennial.agents.off_policy import step_into
 from perennial.agents.q_network import build_q_net, layer_keys, look, q_passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.streams import Streams, torch_generator
+from perennial.agents.weights import load_weights, weights_of
 from perennial.envs.specs import frame_stack
 from perennial.plasticity import attach, find_units, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam

@@ -35,6 +35,7 @@ from perennial.agents.normalize import Normalizer
 from perennial.agents.returns import explained_variance, generalised_advantages
 from perennial.agents.streams import Streams
 from perennial.agents.tally import Tally
+from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 
@@ -336,7 +337,7 @@ class PPO:
     def state(self, copy: int) -> dict[str, Any]:
         """All that one seed's future depends on: tensors and plain values in a nested dict."""
         return {
-            "weights": {k: v[copy].detach().cpu() for k, v in self.net.state_dict().items()},
+            "weights": weights_of(self.net, copy),
             "optimizer": self.optimizer.state_of(copy),
             "interventions": self.handle.state_of(copy),
             "metrics": self.units.references.state_of(copy),
@@ -352,9 +353,7 @@ class PPO:
     @torch.no_grad()
     def load_state(self, copy: int, state: dict[str, Any]) -> None:
         """Continue one seed from `state`."""
-        own = self.net.state_dict()
-        for name, tensor in state["weights"].items():
-            own[name][copy].copy_(tensor)
+        load_weights(self.net, copy, state["weights"])
         self.optimizer.load_state_of(copy, state["optimizer"])
         self.handle.load_state_of(copy, state["interventions"])
         self.units.references.load_state_of(copy, state["metrics"])

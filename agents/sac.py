@@ -25,7 +25,7 @@ from torch import Tensor
 from perennial.agents.actor_critic import check_actions, observation_size
 from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
-from perennial.agents.critics import TWINS, TwinCritics, load_weights, weights_of
+from perennial.agents.critics import TWINS, TwinCritics
 from perennial.agents.episodes import Episodes
 from perennial.agents.networks import MLP, Acting, WrittenOut, passes
 from perennial.agents.off_policy import step_into
@@ -33,6 +33,7 @@ from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator
 from perennial.agents.temperature import RestartsWithActor, Temperature
+from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, make, metrics
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite

@@ -118,4 +118,5 @@ def test_what_fits_is_let_through():
         {"plasticity": ["nap:gains=project", "crelu"], "activation": "tanh"},
         {"plasticity": ["layer-norm", "crelu", "cbp"], "net_arch": (4, 6)},
     ):
-        build_config("ppo", given={"env": "Pendulum-v1", **options})
+        config = build_config("ppo", given={"env": "Pendulum-v1", **options})
+        assert config.plasticity == tuple(options["plasticity"])
