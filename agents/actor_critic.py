@@ -177,11 +177,12 @@ def observation_size(config: Config, space: gym.Space) -> int:
     return int(np.prod(space.shape))
 
 
-def check_actions(config: Config, space: gym.Space, discrete: bool) -> None:
-    """One line for action spaces that the agent cannot use."""
-    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-    if not box and not (discrete and isinstance(space, gym.spaces.Discrete)):
-        wanted = "flat Box or Discrete" if discrete else "flat Box"
-        raise ValueError(
-            f"{config.agent} needs {wanted} actions; {config.env} has {space}: choose another env"
-        )
+def check_actions(config: Config, space: gym.Space, *, box: bool, discrete: bool) -> None:
+    """One line for action spaces that the agent cannot use: it takes flat boxes, or choices."""
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    if (box and flat) or (discrete and isinstance(space, gym.spaces.Discrete)):
+        return
+    wanted = " or ".join(["flat Box"] * box + ["Discrete"] * discrete)
+    raise ValueError(
+        f"{config.agent} needs {wanted} actions; {config.env} has {space}: choose another env"
+    )

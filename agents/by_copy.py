@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.networks import Record, _gradient
+from perennial.agents.networks import Record, gradient_of
 
 
 class ByCopy:
@@ -22,7 +22,7 @@ class ByCopy:
 
     def __init__(self, net: nn.Module):
         self.net = net
-        self.gradients = [_gradient(p) for p in net.parameters()]
+        self.gradients = [gradient_of(p) for p in net.parameters()]
         copies = len(self.gradients[0])
         self.parts = [self._part(s) for s in range(copies)]
         self.outputs: list[Tensor] = []
@@ -45,7 +45,7 @@ class ByCopy:
         views: dict[int, Any] = {}
         for parameter in self.net.parameters():
             view = nn.Parameter(parameter.detach()[s : s + 1])
-            view.grad = _gradient(parameter)[s : s + 1]
+            view.grad = gradient_of(parameter)[s : s + 1]
             views[id(parameter)] = view
         part = copying.deepcopy(self.net, views)
         for module in part.modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from perennial.agents.aside import Aside
 from perennial.agents.convnets import Pixels
 from perennial.agents.dueling import Dueling
-from perennial.agents.networks import _WRITTEN_OUT, Record, _gradient
+from perennial.agents.networks import WRITTEN_OUT, Record, gradient_of
 from perennial.plasticity.copies import BatchedConv2d, BatchedLinear
 
 _LAST = torch.channels_last
@@ -50,7 +50,7 @@ class Convolved:
     def __init__(self, net: nn.Module, aside: Aside):
         self.net, self.aside = net, aside
         trunk, streams = _anatomy(net)
-        self.activate, self.differentiate = _WRITTEN_OUT[type(trunk[2])]
+        self.activate, self.differentiate = WRITTEN_OUT[type(trunk[2])]
         self.convolutions = [m for m in trunk if isinstance(m, BatchedConv2d)]
         self.streams = [[m for m in stream if isinstance(m, BatchedLinear)] for stream in streams]
         self.copies = self.convolutions[0].copies
@@ -70,7 +70,7 @@ class Convolved:
         modules = [*trunk, *(m for stream in streams for m in stream)]
         if any(m._forward_hooks for m in net.modules()) or len(trunk) < 4:
             return False
-        if type(trunk[0]) is not Pixels or type(trunk[2]) not in _WRITTEN_OUT:
+        if type(trunk[0]) is not Pixels or type(trunk[2]) not in WRITTEN_OUT:
             return False
         kinds = {BatchedConv2d: "c", BatchedLinear: "l", nn.Flatten: "f", type(trunk[2]): "a"}
 
@@ -209,7 +209,7 @@ def _tensors(layers: Sequence[BatchedConv2d | BatchedLinear], copy: int) -> Pair
 
 
 def _gradients(layers: Sequence[BatchedConv2d | BatchedLinear], copy: int) -> Pairs:
-    return [(_gradient(m.weight)[copy], _gradient(_bias(m))[copy]) for m in layers]
+    return [(gradient_of(m.weight)[copy], gradient_of(_bias(m))[copy]) for m in layers]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

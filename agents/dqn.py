@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.agents.actor_critic import check_actions
 from perennial.agents.aside import Aside
 from perennial.agents.clipping import Clip
 from perennial.agents.config import DQNConfig
@@ -85,10 +86,8 @@ class DQN:
     ):
         self.config, self.seeds = config, seeds
         shape = observation_shape(config, observation_space)
-        if not isinstance(action_space, gym.spaces.Discrete):
-            raise ValueError(
-                f"dqn needs Discrete actions; {config.env} has {action_space}: choose another env"
-            )
+        check_actions(config, action_space, box=False, discrete=True)
+        assert isinstance(action_space, gym.spaces.Discrete)
         self.actions, self.first = int(action_space.n), int(action_space.start)
         self.codec = values.make(config.value_loss)
         generators = [torch_generator(s, "init") for s in seeds]

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 # In-place activation of a buffer, and gradient from (incoming gradient, activation) in place of the
 # former: a fresh buffer of this size costs as much as a product, in page faults.
-_WRITTEN_OUT: dict[
+WRITTEN_OUT: dict[
     type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 ] = {
     nn.ReLU: (
@@ -78,7 +78,7 @@ _List = Sequence[Tensor]
 Record = Callable[[nn.Module, Tensor], None]
 
 
-def _gradient(parameter: Tensor | None) -> Tensor:
+def gradient_of(parameter: Tensor | None) -> Tensor:
     """The parameter's gradient, a tensor that stays: it is written into and never replaced."""
     assert parameter is not None
     if parameter.grad is None:
@@ -94,7 +94,7 @@ class Autograd:
 
     def __init__(self, net: nn.Module, learns: bool = True):
         self.net, self.learns = net, learns
-        self.gradients = [_gradient(p) for p in net.parameters()] if learns else []
+        self.gradients = [gradient_of(p) for p in net.parameters()] if learns else []
         self.output: Tensor | None = None
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
@@ -141,7 +141,7 @@ class WrittenOut:
         modules = list(net)
         only = slice(None) if only is None else only
         self.layers: list[BatchedLinear] = [m for m in modules if isinstance(m, BatchedLinear)]
-        self.activate, self.differentiate = _WRITTEN_OUT[type(modules[1])]
+        self.activate, self.differentiate = WRITTEN_OUT[type(modules[1])]
         self.copies = len(range(self.layers[0].copies)[only])
         # One copy is the ordinary case: plain matrix products on views made once.
         self.parts = [
@@ -152,7 +152,7 @@ class WrittenOut:
         ]
         self.gradients = []
         for layer in self.layers:
-            pair = _gradient(layer.weight)[only], _gradient(layer.bias)[only]
+            pair = gradient_of(layer.weight)[only], gradient_of(layer.bias)[only]
             self.gradients.append((pair[0][0], pair[1][0]) if self.copies == 1 else pair)
         self.hidden: list[Tensor] = []
         self.buffers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -170,7 +170,7 @@ class WrittenOut:
                 type(m) is BatchedLinear if k % 2 == 0 else type(m) is type(modules[1])
                 for k, m in enumerate(modules)
             )
-            and type(modules[1]) in _WRITTEN_OUT
+            and type(modules[1]) in WRITTEN_OUT
         )
 
     def _space(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -65,7 +65,7 @@ class PPO:
                 f"norm_obs normalises flat observations, and {config.env} has images, which are "
                 "scaled by 1/255: leave norm_obs off"
             )
-        check_actions(config, action_space, discrete=True)
+        check_actions(config, action_space, box=True, discrete=True)
         self.codec = values.make(config.value_loss)
         self.net = ActorCritic(config, shape, action_space, self.codec.outputs, seeds).to(
             self.device, dtype

@@ -58,7 +58,7 @@ class SAC:
     ):
         self.config, self.seeds = config, seeds
         n_obs = observation_size(config, observation_space)
-        check_actions(config, action_space, discrete=False)
+        check_actions(config, action_space, box=True, discrete=False)
         n_act = int(np.prod(action_space.shape))  # type: ignore[arg-type]
         self.low, self.high = action_space.low, action_space.high  # type: ignore[attr-defined]
         generators = [torch_generator(s, "init") for s in seeds]
