@@ -44,6 +44,7 @@ class TwinCritics:
         self.optimizer = BatchedAdam(
             self.net.parameters(), config.learning_rate, config.betas, config.adam_eps
         )
+        self.optimizer.keep_gradients()
         self.units = find_units(self.net, like.new_zeros(copies, 1, n_obs + n_act))
         self.handle = attach(
             [make(spec) for spec in config.interventions],
@@ -146,7 +147,8 @@ class TwinCritics:
         leaf = outputs.clone().requires_grad_()
         with torch.enable_grad():
             decoded = self.codec.decode(leaf)
-        return decoded.detach(), torch.autograd.grad(decoded.sum(), leaf)[0]
+        ones = torch.ones_like(decoded)
+        return decoded.detach(), torch.autograd.grad(decoded, leaf, ones)[0]
 
     def follow(self, tau: float) -> None:
         """Move the targets by `tau` of the way."""

@@ -97,6 +97,7 @@ class DQN:
         self.optimizer = BatchedAdam(
             self.net.parameters(), config.learning_rate, config.betas, config.adam_eps
         )
+        self.optimizer.keep_gradients()
         self.like = torch.zeros((), dtype=dtype, device=device)
         images = len(shape) == 3
         kind = np.dtype(np.uint8 if images else str(dtype).removeprefix("torch."))
@@ -237,6 +238,7 @@ class DQN:
         if sample.places is not None:
             self.replay.prioritise(sample.places, errors.cpu().numpy())
 
+    @torch.no_grad()  # the passes that need gradients ask for them
     def learn(self, sample: Sample) -> Tensor:
         """Learn from a sample; how large the errors were [S, B], of distributions the losses."""
         config, codec = self.config, self.codec

@@ -73,6 +73,7 @@ class PPO:
         self.optimizer = BatchedAdam(
             self.net.parameters(), lr=config.learning_rate, betas=config.betas, eps=config.adam_eps
         )
+        self.optimizer.keep_gradients()
         # Images are stored as they come, as bytes.
         kind = torch.uint8 if self.images else dtype
         self.units = find_units(
@@ -232,6 +233,7 @@ class PPO:
         batch = Batch(observations, actions, log_prob, values, advantage, advantage + values)
         return self.learn(batch, order, progress)
 
+    @torch.no_grad()  # the passes that need gradients ask for them
     def learn(self, batch: Batch, order: Tensor, progress: float = 0.0) -> dict[str, np.ndarray]:
         """Passes over a rollout of n transitions per seed, in the order [S, n_epochs, n]."""
         config, copies = self.config, len(self.seeds)

@@ -74,6 +74,7 @@ class SAC:
         self.optimizer = BatchedAdam(
             self.actor.parameters(), config.learning_rate, config.betas, config.adam_eps
         )
+        self.optimizer.keep_gradients()
         self.units = find_units(self.actor, self.log_ent_coef.new_zeros(len(seeds), 1, n_obs))
         self.handle = attach(
             [*map(make, config.interventions), *self._beside()],
@@ -225,6 +226,7 @@ class SAC:
             now = value.detach().cpu().double().numpy()
             self.sums[name] = self.sums[name] + now if name in self.sums else now
 
+    @torch.no_grad()  # the passes that need gradients ask for them
     def learn(self, sample: Sample, noise: Tensor) -> dict[str, Tensor]:
         """Learn from a sample with the actor's noise [S, 2, B, A]; `train/*` values [S]."""
         config, like = self.config, self.log_ent_coef

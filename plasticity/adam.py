@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from perennial.plasticity import kernels
+from perennial.plasticity.adam_loops import Loops
+from perennial.plasticity.aging import Aging
 from perennial.plasticity.flat import flatten
 
 Active = Sequence[int] | Sequence[bool] | Tensor | None
@@ -30,12 +33,17 @@ class BatchedAdam(Optimizer):
         eps: added to the square root of the second moment.
         weight_decay: coupled L2, as in `torch.optim.Adam`: added to the gradient.
 
-    The step itself is torch's own fused kernel over one view per copy; a plain elementwise path
-    serves devices and dtypes without it, and masks that live on the device. On the CPU parameters
-    move into one memory (flat.py): make views of them only afterwards.
+    On the CPU the step is one loop over all copies of a parameter (kernels.py), on a GPU torch's
+    own fused kernel over one view per copy; a plain elementwise path serves devices and dtypes
+    without either, and masks that live on the device.
+
+    Attributes:
+        aging: set by who knows that parts of the network are younger than it (moments.py): they
+            take the step of their age. Heeded only where `compiled`.
     """
 
     _table: list[_Group] | None = None
+    aging: Aging | None = None
 
     def __init__(
         self,
@@ -59,6 +67,15 @@ class BatchedAdam(Optimizer):
         self.copies = _count_copies(self.param_groups)
         flatten(self._parameters())
 
+    def keep_gradients(self) -> None:
+        """Give every parameter a gradient that stays, to be written to and never replaced: on the
+        CPU all in one memory, as the weights are."""
+        params = self._parameters()
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in params if p.grad is not None]
+        flatten(grads)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._table = None  # views of the old state
@@ -80,8 +97,16 @@ class BatchedAdam(Optimizer):
     def move(self, active: Active = None) -> None:
         """`step` without torch's wrapper, which runs step hooks and costs 14 us a call on CPU."""
         copies, mask = self._chosen(active)
+        if self.aging is not None and self.compiled:
+            self.aging.look_up()
         for group, options in zip(self._groups(), self.param_groups, strict=True):
-            group.step(options, copies, mask)
+            group.step(options, copies, mask, self.aging)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run in our own loops (kernels.py), as far as known from the last one."""
+        table = self._table or self._groups()
+        return not torch.compiler.is_compiling() and all(group.compiled for group in table)
 
     def prepare(self) -> None:
         """Allocate the state now instead of at the first step (before a CUDA graph, say)."""
@@ -159,6 +184,8 @@ class _Group:
             entry["step"] = self.steps[index]
             self.exp_avgs.append(entry["exp_avg"])
             self.exp_avg_sqs.append(entry["exp_avg_sq"])
+        flatten(self.exp_avgs)
+        flatten(self.exp_avg_sqs)
         self.fused = all(
             p.is_floating_point()
             and p.is_contiguous()
@@ -166,7 +193,9 @@ class _Group:
             and p.device.type in ("cpu", "cuda")
             for p in params
         )
-        self.grads: list[Tensor | None] = []
+        self.compiled = kernels.ready(*params, *self.exp_avgs, *self.exp_avg_sqs)
+        self.grads: list[Tensor | None] = [None] * self.count
+        self.loops = Loops(params, self.exp_avgs, self.exp_avg_sqs, self.steps)
         self.fused_args: list[tuple[list[Tensor], ...]] = []
         self.increments: dict[tuple[int, ...], Tensor] = {}
 
@@ -178,13 +207,22 @@ class _Group:
             p.data_ptr() for p in self.params
         ]
 
-    def step(self, options: dict[str, Any], copies: tuple[int, ...], mask: Tensor | None) -> None:
+    def step(
+        self,
+        options: dict[str, Any],
+        copies: tuple[int, ...],
+        mask: Tensor | None,
+        aging: Aging | None = None,
+    ) -> None:
         grads = [p.grad for p in self.params]
         present = [index for index, grad in enumerate(grads) if grad is not None]
         if not present or (mask is None and not copies):
             return
-        self._advance(present, copies, mask)
         # A compiler fuses the elementwise path itself and cannot trace the kernel over views.
+        if mask is None and self.compiled and not torch.compiler.is_compiling():
+            self.loops.step(grads, options, copies, aging)
+            return
+        self._advance(present, copies, mask)
         if mask is None and self.fused and not torch.compiler.is_compiling():
             self._collect(grads, present)
             lr, (beta1, beta2) = options["lr"], options["betas"]

@@ -258,21 +258,33 @@ class Handle:
         if not self._before and not self.moments.awake:
             return
         self.clock.choose(active)
-        with torch.no_grad():
-            for intervention in self._before:
-                intervention.before_step()
-            self.moments.before_step()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._act_before()
+        else:  # entering it again costs as much as a small method
+            self._act_before()
+
+    def _act_before(self) -> None:
+        for intervention in self._before:
+            intervention.before_step()
+        self.moments.before_step()
 
     def after_step(self, active: Active = None) -> None:
         """After `optimizer.step`, with the same `active`."""
         if not self.interventions:
             return
         self.clock.choose(active)
-        with torch.no_grad():
-            self.clock.tick()
-            self.moments.after_step()
-            for intervention in self._after:
-                intervention.after_step()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._act_after()
+        else:
+            self._act_after()
+
+    def _act_after(self) -> None:
+        self.clock.tick()
+        self.moments.after_step()
+        for intervention in self._after:
+            intervention.after_step()
 
     def on_change(self, active: Active = None) -> None:
         """Tell the methods that the task changed, for all copies or those that are `active`."""
@@ -296,6 +308,7 @@ class Handle:
             hook.remove()
         for intervention in self.interventions.values():
             intervention._detached()
+        self.moments.close()
         self._hooks, self._before, self._after = [], [], []
 
     # ---- state ---------------------------------------------------------------------------------

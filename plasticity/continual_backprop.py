@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from perennial.plasticity import draws
+from perennial.plasticity import draws, kernels
 from perennial.plasticity.base import Intervention, Stage
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.surgery import Selection
@@ -121,6 +122,13 @@ class ContinualBackprop(Intervention):
         self._plain = self.kind == "contribution" and rectified and flat
         self._ages = self.age.numpy() if device.type == "cpu" else None
         self._shares: dict[tuple[int, ...], Tensor] = {}
+        self._in_loops = self._plain and all(
+            len(site.consumers) == 1 and site.consumers[0].plain for _, site, _ in self._sites
+        )
+        self._weights = [site.consumers[0].layer.module.weight for _, site, _ in self._sites]
+        self._places: list[Any] = []
+        self._loops: list[tuple[Any, ...]] = []
+        self._everyone = np.arange(copies)
         # Whether 1 - eta^age is 1 to the last bit for every unit that may be replaced.
         self._settled = self.decay ** (self.maturity + 1) < 2.0**-60
         self._ramp = torch.arange(max(self._slots(s) for _, s, _ in self._sites), device=device)
@@ -162,6 +170,8 @@ class ContinualBackprop(Intervention):
 
     def _observe(self) -> None:
         """Advance age, mean and utility by the minibatch just used."""
+        if self._in_loops and self._observe_in_loops():
+            return
         mask = self.clock.mask
         self.age.add_(1 if mask is None else mask.unsqueeze(-1))
         rows = []
@@ -184,6 +194,36 @@ class ContinualBackprop(Intervention):
         for position, site, span in self._sites:
             self._worth[:, span].copy_(self._worth_of(position, site))
         self._average(self.utility, self._worth)
+
+    def _observe_in_loops(self) -> bool:
+        """The same in compiled loops, where device and memory allow."""
+        if torch.compiler.is_compiling():
+            return False
+        features = [site.activation for _, site, _ in self._sites]
+        places = [(h.data_ptr(), h.shape, h.stride()) for h in features]
+        places += [w.data_ptr() for w in self._weights]
+        if places != self._places:
+            if not kernels.ready(*features, *self._weights):
+                return False
+            self._places = places
+            self._loops = [
+                (
+                    kernels.array(h),
+                    kernels.array(site.consumers[0].layer.weight),
+                    kernels.array(self.mean),
+                    kernels.array(self.utility),
+                    kernels.array(self.age),
+                    span.start,
+                    1 / site.outgoing_rows,
+                    1 - self.decay,
+                )
+                for (_, site, span), h in zip(self._sites, features, strict=True)
+            ]
+        mask = self.clock.mask
+        copies = self._everyone if mask is None else np.flatnonzero(kernels.array(mask))
+        for given in self._loops:
+            kernels.advance_contribution(copies, *given)
+        return True
 
     def _share(self, rows: tuple[int, ...]) -> Tensor:
         """What turns sums into means: 1 / rows for E[h], that over weights per column for y."""

@@ -34,10 +34,12 @@ def in_window(clock: Clock, every: int, width: int, ahead: int = 0) -> Tensor | 
     ahead: 1 in `before_step`, where the current step is not counted yet.
     """
     first, known = every - width, clock.known
-    if known is not None and not any(
-        (known[copy] + ahead - 1) % every >= first for copy in clock.current()
-    ):
-        return None
+    if known is not None:
+        for copy in clock.current():
+            if (known[copy] + ahead - 1) % every >= first:
+                break
+        else:
+            return None
     inside = (clock.updates + (ahead - 1)) % every >= first
     return inside if clock.mask is None else inside & clock.mask
 

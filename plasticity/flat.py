@@ -1,5 +1,5 @@
-"""One memory for all parameters of a network on the CPU: what concerns elements here and there
-then is one operation instead of one per parameter."""
+"""One memory for all parameters of a network on the CPU: what goes over their elements then is one
+loop instead of one per parameter."""
 
 from __future__ import annotations
 
@@ -30,18 +30,35 @@ def flatten(parameters: Sequence[Tensor]) -> Tensor | None:
     return memory
 
 
-def together(parameters: Sequence[Tensor]) -> Tensor | None:
-    """The memory in which the parameters stand side by side; None where they do not."""
-    if not _fit(parameters):
+def together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The memory in which the tensors stand side by side; None where they do not."""
+    if not tensors or not _fit(tensors):
         return None
-    first = parameters[0].detach()
-    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
-    for p in parameters:
-        if p.untyped_storage().data_ptr() != storage or p.storage_offset() != place:
-            return None
-        place += p.numel()
-    start = first.storage_offset()
-    return first.as_strided((place - start,), (1,), start)
+    runs = adjacent(tensors)
+    return span(tensors) if len(runs) == 1 else None
+
+
+def adjacent(*rows: Sequence[Tensor]) -> list[slice]:
+    """Runs of places within which, in every row, each tensor begins where the one before ends."""
+    runs, start = [], 0
+    for k in range(1, len(rows[0]) + 1):
+        if k == len(rows[0]) or not all(_follows(row[k - 1], row[k]) for row in rows):
+            runs.append(slice(start, k))
+            start = k
+    return runs
+
+
+def span(run: Sequence[Tensor]) -> Tensor:
+    """The elements of tensors that stand side by side, `[n]`."""
+    size = sum(t.numel() for t in run)
+    return run[0].detach().as_strided((size,), (1,), run[0].storage_offset())
+
+
+def _follows(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.storage_offset() + a.numel() == b.storage_offset()
+    )
 
 
 def _fit(parameters: Sequence[Tensor]) -> bool:

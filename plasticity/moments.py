@@ -9,13 +9,10 @@ after the optimizer's step, with a copy of the weights from before:
     p <- p_before + F (p - p_before)     F = f(t) / f(T)     f(t) = sqrt(1 - b2^t) / (1 - b1^t)
 
 `p_before` includes decoupled weight decay. F = 1 for elements as old as their tensor. An element
-belongs to two units, its row's and its column's; the younger counts. f may fall and then rise with
-t: it is kept as a falling plus a rising part, for the younger has the larger of the one and the
-smaller of the other.
-
-In float32 f counts as 1 once it stays within 1e-3 of it (pace.py), and then nothing is done for a
-unit any more. On the CPU, while few units are young, only their elements are held and corrected
-(few.py), where the parameters share one memory, as `BatchedAdam` lays them out; else whole tensors.
+belongs to two units, its row's and its column's; the younger counts. On the CPU one compiled loop
+does it (kernels.py), and `BatchedAdam` scales its own steps, without any copy. Elsewhere whole
+tensors are chosen from: f may fall and then rise with t, so it is kept as a falling plus a rising
+part, for the younger has the larger of the one and the smaller of the other.
 
 Once f(T) = 1 this is Adam with a step count per element,
 `p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`, as in `lop/utils/AdamGnT.py` of Dohare et
@@ -25,19 +22,19 @@ eps sqrt(1 - b2^t) at that place); it matters for weights with sqrt(v) near eps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from perennial.plasticity import kernels
 from perennial.plasticity.adam import BatchedAdam
+from perennial.plasticity.aging import Aging
 from perennial.plasticity.clock import Clock
-from perennial.plasticity.few import Few
-from perennial.plasticity.flat import together
 from perennial.plasticity.pace import Pace
-from perennial.plasticity.parts import Part, Side, Sides, affine, parts_of
+from perennial.plasticity.parts import Part, Sides, affine, parts_of
 from perennial.plasticity.surgery import Selection, silence_columns, silence_rows
 from perennial.plasticity.units import Units
 
@@ -71,25 +68,23 @@ class Moments:
             beta1, beta2 = groups[part.group]["betas"]
             part.betas = (float(beta1), float(beta2))
             if part.betas not in self.paces:
-                self.paces[part.betas] = Pace(part.betas, units.dtype, self.birth)
+                self.paces[part.betas] = Pace(part.betas, units.dtype, device)
         self.horizon = max((pace.horizon for pace in self.paces.values()), default=0)
         self._held: list[tuple[Part, Tensor]] = []  # weights before the step
-        self._late = False  # f(T) = 1 for all tensors
-        # Kept, as parts' `before`: fresh memory every step would cost more than the arithmetic.
-        self._factors: dict[tuple[str, torch.Size], Tensor] = {}
         self._stale = False  # the host's copies miss what was compiled or captured
         self._ever = False  # a unit was recycled
         self.offset.add_(self._known_steps())
         self.host_offset = self.offset.tolist()
         self.host_birth = [_NEVER] * copies  # of the youngest unit, or later
-        # On the CPU births are read where they lie, after each event: who is young, and where.
-        on_cpu = device.type == "cpu"
-        self._seen = self.birth.numpy() if on_cpu else None
-        self._features = [part.features() for part in self.parts] if on_cpu else []
-        self._known = None if self._seen is None else self._seen.copy()  # when last looked at
+        # On the CPU births are read where they lie, after each event.
+        self._seen = self.birth.numpy() if device.type == "cpu" else None
         self._changed = False  # births may have changed since then
-        self._few: Few | None = None
-        self._sparse = False  # this step corrects a few elements, not whole tensors
+        self._aging: Aging | None = None
+        if self.paces and kernels.ready(*(part.parameter for part in self.parts)):
+            tables = {betas: pace.table[0].contiguous() for betas, pace in self.paces.items()}
+            # Our Adam steps by the ages after its step; others are corrected when that is counted.
+            ahead = 1 if isinstance(optimizer, BatchedAdam) else 0
+            self._aging = Aging(self.parts, tables, self.birth, clock.updates, ahead)
 
     def _known_steps(self) -> int:
         """The fewest steps of any parameter's state now: read once, at attach."""
@@ -106,38 +101,10 @@ class Moments:
     def reload(self) -> None:
         """Host copies after loading."""
         self.host_offset, self.host_birth = self.offset.tolist(), self.birth.amax(-1).tolist()
-        self._stale, self._changed = False, True
-        self._ever = any(birth > _NEVER for birth in self.host_birth)
-        if self._few is not None:
-            self._few.forget()
-
-    def _look(self) -> None:
-        """Who is young, read off the births: a function of them alone, so that a resumed run goes
-        the same way."""
-        self._changed = False
-        if self._seen is None or self._known is None:
-            return
-        latest = self._seen.max(1)
-        self.host_birth = latest.tolist()
-        if (self._seen == self._known).all():
-            return  # the event recycled nobody
-        self._known[:] = self._seen
-        if self._few is None or not self._few.current():
-            self._few = self._lists()
-        if self._few is not None:
-            young = (self._seen > _NEVER) & (self._seen > latest[:, None] - self.horizon)
-            copies, places = young.nonzero()
-            born = self._seen[young].tolist()
-            self._few.choose(copies.tolist(), places.tolist(), born, self.birth)
-
-    def _lists(self) -> Few | None:
-        """Only where all parameters stand side by side and share one pair of betas."""
-        parameters = list(self.group_of)
-        memory = together(parameters) if len(self.paces) == 1 else None
-        if memory is None or any(_scale(group) for group in self.optimizer.param_groups):
-            return None
-        (pace,) = self.paces.values()
-        return Few(memory, self.parts, self._features, self.birth.shape[1], pace)
+        self._stale = False
+        self._ever = False
+        if any(birth > _NEVER for birth in self.host_birth):
+            self._age()
 
     def restart(
         self,
@@ -192,7 +159,7 @@ class Moments:
                 lead = value if reader.batched else value.unsqueeze(0)
                 silence_columns(lead, consumer.columns, kept)
         if treatment == "exact" and self.paces:
-            self._ever = self._changed = True
+            self._age()
             birth = self.birth[:, self.units.spans[selection.position]]
             now = self.clock.updates.unsqueeze(-1)
             birth.copy_(torch.where(selection.gone > 0, now, birth))
@@ -209,35 +176,51 @@ class Moments:
         values = self.optimizer.state.get(parameter, {}).values()
         return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
 
+    def _age(self) -> None:
+        """A unit was recycled."""
+        self._ever = self._changed = True
+        optimizer = self.optimizer
+        if isinstance(optimizer, BatchedAdam) and not torch.compiler.is_compiling():
+            optimizer.aging = optimizer.aging or self._aging
+
     @property
     def awake(self) -> bool:
-        """Whether a unit may be young, as far as the host knows."""
-        return self._ever or self.clock.known is None
+        """Whether a unit may be young, as far as the host knows, and the optimizer does not step by
+        age itself."""
+        if not self._ever:
+            return self.clock.known is None
+        optimizer = self.optimizer
+        return not (
+            isinstance(optimizer, BatchedAdam)
+            and optimizer.aging is not None
+            and optimizer.aging is self._aging
+            and optimizer.compiled
+        )
+
+    def close(self) -> None:
+        """The optimizer steps by age no longer."""
+        if isinstance(self.optimizer, BatchedAdam) and self.optimizer.aging is self._aging:
+            self.optimizer.aging = None
 
     # ---- around every step ---------------------------------------------------------------------
 
     def before_step(self) -> None:
         """Hold the weights while a unit is young; directly before the optimizer's step."""
-        self._held, self._sparse = [], False
-        if not self.paces:
+        self._held = []
+        known = self.clock.known
+        if self._stale and known is not None:
+            self.reload()
+        if not self.paces or not self.awake:
             return
-        known, self._late = self.clock.known, False
+        self.close()
         if known is None:
             self._stale = True
         else:
-            if self._stale:
-                self.reload()
-            if self._changed:
-                self._look()
-            moving = self.clock.current()
-            if all(known[c] + 1 - self.host_birth[c] >= self.horizon for c in moving):
+            if self._changed and self._seen is not None:
+                self.host_birth = self._seen.max(1).tolist()
+            self._changed = False
+            if all(known[c] + 1 - self.host_birth[c] >= self.horizon for c in self.clock.current()):
                 return  # nobody is young
-            self._late = all(known[c] + 1 + self.host_offset[c] >= self.horizon for c in moving)
-            few = self._few
-            if self._late and few is not None and few.active and few.current():
-                self._sparse = True
-                few.hold()
-                return
         scales = [_scale(group) for group in self.optimizer.param_groups]
         for part in self.parts:
             if part.parameter.grad is not None:
@@ -258,68 +241,61 @@ class Moments:
         """Give every element the step of its own age; directly after the optimizer's step, which
         the clock has counted. Copies that stood still did not move and stay."""
         held, self._held = self._held, []
-        if self._sparse and self._few is not None:
-            self._few.correct(self.clock.host or ())
-            return
         if not held:
             return
+        ours = isinstance(self.optimizer, BatchedAdam)
+        if self._aging is not None and not ours and not torch.compiler.is_compiling():
+            touched = [tensor for part, before in held for tensor in (part.parameter, before)]
+            if kernels.ready(*touched):
+                self._scale_by_age(held, self._aging)
+                return
         # A clock that was set back leaves births ahead of it: those units are newborn.
         ages = (self.clock.updates.unsqueeze(-1) - self.birth).clamp_(min=1)
         for betas, pace in self.paces.items():
             mine = [pair for pair in held if pair[0].betas == betas]
             if not mine:
                 continue
-            if self._late:
-                vectors, risen = pace.settled(ages), self._past(pace.turn)
-                for part, before in mine:
-                    self._correct(part, before, pace, part.kept_sides(vectors), risen)
-                continue
-            states = [self.optimizer.state.get(part.parameter, {}) for part, _ in mine]
-            steps = torch.stack([torch.as_tensor(state.get("step", 0)) for state in states])
-            each = pace.general(ages, steps.to(ages.device).view(len(steps), -1))
-            for (part, before), vectors in zip(mine, each, strict=True):
+            steps = torch.stack([self._steps(part) for part, _ in mine]).to(ages.device)
+            for (part, before), vectors in zip(mine, pace.factors(ages, steps), strict=True):
                 self._correct(part, before, pace, part.sides(vectors))
 
-    def _past(self, age: int) -> bool:
-        """Whether every unit that moves is known to have this age."""
-        known = self.clock.known
-        if known is None or self._seen is None:
-            return False
-        return all(known[c] - self.host_birth[c] >= age for c in self.clock.current())
+    def _steps(self, part: Part) -> Tensor:
+        """T of a parameter, `[S or 1]`."""
+        state = self.optimizer.state.get(part.parameter, {})
+        return torch.as_tensor(state.get("step", 0)).view(-1)
 
-    def _correct(
-        self, part: Part, before: Tensor, pace: Pace, sides: Sides, risen: bool = False
-    ) -> None:
-        """risen: at all present ages f does not fall any more."""
+    def _scale_by_age(self, held: list[tuple[Part, Tensor]], aging: Aging) -> None:
+        aging.look_up()
+        for part, before in held:
+            ages = aging.of(part.parameter)
+            assert ages is not None
+            lead = self.birth.shape[0] if part.batched else 1
+            weight, old = (
+                kernels.array(t).reshape(lead, ages.rows, ages.width)
+                for t in (part.parameter, before)
+            )
+            steps = kernels.array(self._steps(part).expand(lead).contiguous())
+            kernels.scale_by_age(weight, old, steps, ages.first, ages.columns, *ages.known)
+
+    def _correct(self, part: Part, before: Tensor, pace: Pace, sides: Sides) -> None:
         parameter = part.parameter
         row, column = sides[0]
         if row is None or column is None:
             factor = column if row is None else row
             assert factor is not None
         elif not pace.rises:
-            factor = self._younger(torch.maximum, "falling", sides[0], parameter)
-        elif risen or not pace.falls:
-            factor = self._younger(torch.minimum, "rising", sides[0], parameter)
+            factor = torch.maximum(row, column)
+        elif not pace.falls:
+            factor = torch.minimum(row, column)
         else:
-            factor = self._younger(torch.maximum, "falling", sides[1], parameter)
-            factor.add_(self._younger(torch.minimum, "rising", sides[2], parameter))
+            (_, _), (row, column), (more_row, more_column) = sides
+            assert row is not None and column is not None
+            assert more_row is not None and more_column is not None
+            factor = torch.maximum(row, column).add_(torch.minimum(more_row, more_column))
         if torch.compiler.is_compiling():
             parameter.copy_(torch.lerp(before, parameter, factor))
         else:
             torch.lerp(before, parameter, factor, out=parameter)
-
-    def _younger(
-        self, choose: Callable[..., Tensor], name: str, sides: Side, parameter: Tensor
-    ) -> Tensor:
-        """What belongs to the younger of the row's and the column's unit."""
-        row, column = sides
-        if torch.compiler.is_compiling():
-            return choose(row, column)
-        key = name, parameter.shape
-        memory = self._factors.get(key)
-        if memory is None:
-            memory = self._factors[key] = choose(row, column)
-        return choose(row, column, out=memory)
 
 
 def _scale(group: dict[str, Any]) -> float | Tensor | None:

@@ -8,30 +8,26 @@ import torch
 from torch import Tensor
 
 _LONGEST = 2**22  # steps after which any unit counts as old
-# A step that is off by a thousandth is far below what a minibatch does to it.
 _TOLERANCES = {torch.float64: 1e-13}
-_TOLERANCE = 1e-3
+_TOLERANCE = 2.0**-24  # of float32 and below: a rounding
 
 
 class Pace:
     """f(t) = sqrt(1 - b2^t) / (1 - b1^t) of one pair of betas: the same bits on any device and for
     any copies.
 
-    f counts as 1 from where on it stays within 1e-3 of it: in float32 and below a unit's step may
-    be off by a thousandth then, in float64 by 1e-13.
+    f counts as 1 from where on it is 1 to the precision of the weights.
 
     Attributes:
         horizon: first t from which on f counts as 1.
         falls, rises: whether f does, somewhere.
-        turn: t from which on it does not fall.
         table: float64 `[k, horizon + 1]`: f, and where it both falls and rises (k = 3) its falling
             part and its rising part, 1 and 0 at the end; else k = 1.
-        short: the same in the dtype of the weights.
-        vectors: `[k, S, total + 1]`, the rows of the table at the units' ages: F of all units, for
-            tensors with f(T) = 1.
     """
 
-    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, birth: Tensor) -> None:
+    def __init__(
+        self, betas: tuple[float, float], dtype: torch.dtype, device: torch.device
+    ) -> None:
         tolerance = _TOLERANCES.get(dtype, _TOLERANCE)
         slowest = max(betas)
         length = math.log(tolerance / 4) / math.log(slowest) if slowest > 0 else 1
@@ -43,27 +39,15 @@ class Pace:
         self.falls = betas[0] > 0
         self.rises = betas[1] > 0 and betas[0] != betas[1]
         self.horizon = len(f) - 1
-        down = f[1:].diff().lt(0).nonzero()
-        self.turn = int(down[-1]) + 2 if len(down) else 1
         rows = f.unsqueeze(0)
         if self.falls and self.rises:
             rise = -f.diff(append=f[-1:]).clamp(min=0).flip(0).cumsum(0).flip(0)
             rows = torch.stack([f, f - rise, rise])
-        self.table = rows.to(birth.device)
-        self.short = self.table.to(dtype)
-        self.vectors = self.short.new_empty(len(rows), *birth.shape)
-        self._flat = self.vectors.view(len(rows), -1)
+        self.table, self.dtype = rows.to(device), dtype
 
-    def settled(self, ages: Tensor) -> Tensor:
-        """`vectors` at the ages `[S, total + 1]`."""
-        index = ages.clamp(max=self.horizon).view(-1)
-        if torch.compiler.is_compiling():
-            return self.short.index_select(1, index).view_as(self.vectors)
-        torch.index_select(self.short, 1, index, out=self._flat)
-        return self.vectors
-
-    def general(self, ages: Tensor, steps: Tensor) -> Tensor:
-        """The same for each of n tensors at its own T `[n, S or 1]`: `[n, k, S, total + 1]`.
+    def factors(self, ages: Tensor, steps: Tensor) -> Tensor:
+        """The table's rows at the units' ages `[S, total + 1]`, over f(T), for each of n tensors
+        at its own T `[n, S or 1]`: `[n, k, S, total + 1]`.
 
         A tensor that was reset alone may be younger than its unit: then T counts.
         """
@@ -72,7 +56,7 @@ class Pace:
         f = self.table[0]
         ratio, scale = f[index], f[last]
         if len(self.table) == 1:
-            return (ratio / scale).unsqueeze(1).to(self.short.dtype)
+            return (ratio / scale).unsqueeze(1).to(self.dtype)
         rise = self.table[2][index] - self.table[2][last]
         parts = torch.stack([ratio, ratio - rise, rise], 1) / scale.unsqueeze(1)
-        return parts.to(self.short.dtype)
+        return parts.to(self.dtype)

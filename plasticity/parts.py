@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,19 +34,14 @@ class Part:
     group: int = 0  # of the optimizer
     betas: tuple[float, float] = (0.0, 0.0)  # of that group, under Adam
     before: Tensor | None = None  # memory for the weights before a step
-    fixed: Sides | None = None
 
-    def features(self) -> dict[int, list[int]]:
-        """Input features of each unit (its place in the vector over all sites); asks the device."""
-        if self.columns is None:
-            return {}
-        columns = self.columns
-        if isinstance(columns, slice):
-            return {place: [k] for k, place in enumerate(range(columns.start, columns.stop))}
-        found: dict[int, list[int]] = {}
-        for feature, place in enumerate(columns.tolist()):
-            found.setdefault(place, []).append(feature)
-        return found
+    def places(self) -> np.ndarray:
+        """Place of each input feature's unit, int64 `[in]`; empty where columns are no units."""
+        if isinstance(self.columns, Tensor):
+            found: np.ndarray = self.columns.cpu().numpy()
+            return found
+        columns = self.columns or slice(0, 0)
+        return np.arange(columns.start, columns.stop)
 
     def sides(self, vectors: Tensor) -> Sides:
         """The rows' and the columns' share of vectors `[k, S, total + 1]`, as they broadcast."""
@@ -63,14 +59,6 @@ class Part:
                 row, column = (side if side is None else side[0] for side in (row, column))
             found.append((row, column))
         return found
-
-    def kept_sides(self, vectors: Tensor) -> Sides:
-        """The same of vectors that keep their memory: made once."""
-        if torch.compiler.is_compiling() or isinstance(self.columns, Tensor):
-            return self.sides(vectors)
-        if self.fixed is None:
-            self.fixed = self.sides(vectors)
-        return self.fixed
 
 
 def parts_of(units: Units) -> list[Part]:

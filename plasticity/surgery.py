@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from perennial.plasticity import kernels
 from perennial.plasticity.copies import Init
 from perennial.plasticity.draws import Stream
 from perennial.plasticity.units import Columns, Layer, Site
@@ -97,16 +98,27 @@ def set_slots(tensor: Tensor, index: Tensor, chosen: Tensor, value: Tensor | flo
 def silence_rows(tensor: Tensor, kept: Tensor) -> None:
     """Zero the rows `[S, n, ...]` of units with kept `[S, n]` = 0.
 
-    The whole tensor is multiplied: cheaper than gathering and scattering up to large sizes, and
-    never more than a part of the optimizer's own pass.
+    Without compiled loops the whole tensor is multiplied: cheaper than gathering and scattering up
+    to large sizes, and never more than a part of the optimizer's own pass.
     """
+    if _by_loop(tensor, kept):
+        kernels.clear_rows(kernels.array(tensor).reshape(*kept.shape, -1), kernels.array(kept))
+        return
     tensor.mul_(kept.view(*kept.shape, *[1] * (tensor.ndim - 2)))
 
 
 def silence_columns(tensor: Tensor, columns: Columns, kept: Tensor) -> None:
     """Zero the input features of `tensor` `[S, out, in, ...]` that belong to units not kept."""
     features = columns.scatter(kept.unsqueeze(-1), tensor.shape[2], 1.0)
+    if _by_loop(tensor, features):
+        array = kernels.array(tensor).reshape(*tensor.shape[:3], -1)
+        kernels.clear_columns(array, kernels.array(features))
+        return
     tensor.mul_(features.view(len(kept), 1, -1, *[1] * (tensor.ndim - 3)))
+
+
+def _by_loop(*tensors: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and kernels.ready(*tensors)
 
 
 def _compensate(selection: Selection, mean: Tensor) -> None:

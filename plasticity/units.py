@@ -133,6 +133,16 @@ class Consumer:
     layer: Layer
     columns: Columns
 
+    @property
+    def plain(self) -> bool:
+        """The ordinary case, without detours: one column per unit, and nothing but units."""
+        return (
+            self.columns.k == 1
+            and self.columns.blocks
+            and not isinstance(self.layer.module, CONVOLUTIONS)
+            and self.layer.weight.shape[2] == self.columns.n
+        )
+
 
 @dataclass(eq=False)
 class Site:
@@ -160,14 +170,7 @@ class Site:
     preactivation: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        first = self.consumers[0]
-        # The ordinary case, without detours: one column per unit, and nothing but units.
-        self._plain = (
-            first.columns.k == 1
-            and first.columns.blocks
-            and not isinstance(first.layer.module, CONVOLUTIONS)
-            and first.layer.weight.shape[2] == first.columns.n
-        )
+        self._plain = self.consumers[0].plain
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from perennial import plasticity
-from perennial.plasticity import BatchedAdam, attach, draws, make, parse_spec
+from perennial.plasticity import BatchedAdam, attach, draws, kernels, make, parse_spec
 from perennial.plasticity.registry import METHODS
 from tests.host_questions import no_host_questions
 from tests.plasticity_cases import (
@@ -315,7 +315,11 @@ def _compiled_equals_eager(
 
 
 @every_method
-def test_steps_ask_no_tensor_for_its_value_and_leave_the_optimizers_keys(spec: str) -> None:
+def test_steps_ask_no_tensor_for_its_value_and_leave_the_optimizers_keys(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, without the loops over memory of the CPU."""
+    monkeypatch.setattr(kernels, "ready", lambda *_: False)
     run = Run([spec], (0, 1), torch.float32)
     usual = Run([], (0, 1), torch.float32).train(batches((0, 1), 1, torch.float32))
     keys = set(usual.optimizer.state[next(usual.net.parameters())])
