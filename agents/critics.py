@@ -10,7 +10,8 @@ from torch import Tensor
 
 from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
-from perennial.agents.networks import MLP, Passes, WrittenOut, passes
+from perennial.agents.networks import MLP, WrittenOut
+from perennial.agents.passes import Passes, passes
 from perennial.agents.streams import torch_generator
 from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, make, metrics, values
@@ -65,7 +66,7 @@ class TwinCritics:
     def _passes(self, net: MLP, learns: bool = True) -> list[Passes]:
         if len(self.cuts) == 1:
             return [passes(net, learns)]
-        return [WrittenOut(net, cut) for cut in self.cuts]
+        return [passes(net, learns, cut) for cut in self.cuts]
 
     def look(
         self, now: tuple[Tensor, Tensor], following: tuple[Tensor, Tensor]

@@ -13,7 +13,8 @@ from perennial.agents.config import DQNConfig
 from perennial.agents.convnets import build_net
 from perennial.agents.convolved import Convolved
 from perennial.agents.dueling import Dueling
-from perennial.agents.networks import Passes, WrittenOut, passes
+from perennial.agents.networks import WrittenOut
+from perennial.agents.passes import Passes, passes
 from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import Init
 from perennial.plasticity.units import WEIGHTED

@@ -27,8 +27,9 @@ from perennial.agents.aside import Aside
 from perennial.agents.config import SACConfig
 from perennial.agents.critics import TWINS, TwinCritics
 from perennial.agents.episodes import Episodes
-from perennial.agents.networks import MLP, Acting, WrittenOut, passes
+from perennial.agents.networks import MLP, Acting, WrittenOut
 from perennial.agents.off_policy import step_into
+from perennial.agents.passes import passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator

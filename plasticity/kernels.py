@@ -25,7 +25,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TYPES = (torch.float32, torch.float64)
 
 
-def _compiled(function: _Function) -> _Function:
+def compiled(function: _Function) -> _Function:
+    """The same, compiled at its first call for the types it gets; holds no interpreter's lock."""
     if numba is None:
         return function
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -48,7 +49,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return found
 
 
-@_compiled
+@compiled
 def _step_by_age(  # type: ignore[no-untyped-def]
     w, g, m, v, rate, root, new1, keep2, new2, eps, decay, tiny, factors, ages, factor, age
 ):
@@ -64,7 +65,7 @@ def _step_by_age(  # type: ignore[no-untyped-def]
         w[i] -= scale * (rate * (mean / (math.sqrt(square) * root + eps)))
 
 
-@_compiled
+@compiled
 def adam(
     weight: np.ndarray,
     grad: np.ndarray,
@@ -138,7 +139,7 @@ def adam(
                 _step_by_age(w, g, m, v, rate, root, *common, factor, age, own, mine)
 
 
-@_compiled
+@compiled
 def look_up(
     births: np.ndarray,
     updates: np.ndarray,
@@ -166,7 +167,7 @@ def look_up(
             factors[c, i] = table[age]
 
 
-@_compiled
+@compiled
 def scale_by_age(
     weight: np.ndarray,
     before: np.ndarray,
@@ -210,7 +211,7 @@ def scale_by_age(
                 w[i] = w[i] - (w[i] - b[i]) * (number(1) - scale)
 
 
-@_compiled
+@compiled
 def advance_contribution(
     copies: np.ndarray,
     features: np.ndarray,
@@ -256,7 +257,7 @@ def advance_contribution(
             u[i] += (average * (size[i] * part) - u[i]) * weight
 
 
-@_compiled
+@compiled
 def clear_rows(tensor: np.ndarray, kept: np.ndarray) -> None:
     """Zero the rows of `tensor` `[S, n, m]` where `kept` `[S, n]` is 0."""
     for c in range(kept.shape[0]):
@@ -265,7 +266,7 @@ def clear_rows(tensor: np.ndarray, kept: np.ndarray) -> None:
                 tensor[c, r] = 0
 
 
-@_compiled
+@compiled
 def clear_columns(tensor: np.ndarray, kept: np.ndarray) -> None:
     """Zero `tensor` `[S, rows, n, m]` where `kept` `[S, n]` is 0."""
     for c in range(kept.shape[0]):

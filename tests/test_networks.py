@@ -7,7 +7,8 @@ import torch
 
 from perennial.agents.aside import Aside
 from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
-from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
+from perennial.agents.networks import MLP, Autograd, WrittenOut
+from perennial.agents.passes import passes
 from perennial.agents.streams import Streams, torch_generator
 from perennial.plasticity import find_units
 from perennial.plasticity.copies import Init

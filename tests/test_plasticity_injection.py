@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.networks import MLP, Autograd, WrittenOut, passes
+from perennial.agents.networks import MLP, Autograd, WrittenOut
+from perennial.agents.passes import passes
 from perennial.plasticity import BatchedAdam, BatchedLinear, Init, attach, find_units, make
 from perennial.plasticity.norms import BatchedLayerNorm
 

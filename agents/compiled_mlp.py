@@ -1,0 +1,250 @@
+"""Passes of a plain ReLU network in compiled loops around the BLAS: a whole pass of all copies is
+one call, which holds no lock of the interpreter.
+
+What a pass costs beside its matrix products then is little, and two threads do not wait for each
+other. Weights, gradients and activations are one memory each, and tables say where each layer's
+begin.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+from torch import Tensor, nn
+
+from perennial.agents.aside import Aside
+from perennial.agents.networks import MLP, WIDE, Record, WrittenOut
+from perennial.plasticity import kernels
+from perennial.plasticity.flat import flatten
+
+_BLAS = importlib.util.find_spec("scipy") is not None  # numba takes its matrix products from there
+
+
+class CompiledMLP(WrittenOut):
+    """`WrittenOut` for ReLU networks on the CPU. Their weights, and gradients, move into one memory
+    where they are not."""
+
+    def __init__(self, net: MLP, only: slice | None = None):
+        weights = flatten(list(net.parameters()))
+        super().__init__(net, only)
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        slopes = flatten(gradients)
+        assert weights is not None and slopes is not None
+        self._weights, self._slopes = kernels.array(weights), kernels.array(slopes)
+        begin = weights.storage_offset()
+        table = []
+        for layer in self.layers:
+            assert layer.bias is not None
+            starts = (t.storage_offset() - begin for t in (layer.weight, layer.bias))
+            table.append((*starts, *layer.weight.shape[:0:-1]))
+        self._layers = np.array(table, np.int64)
+        total = self.layers[0].copies
+        self._copies = np.arange(total)[slice(None) if only is None else only]
+        self._spaces: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._given = np.zeros((0, 0, 0))
+
+    @staticmethod
+    def fits(net: nn.Module) -> bool:
+        """Whether `net` is a plain ReLU network on the CPU, in a precision that loops take."""
+        return (
+            _BLAS
+            and WrittenOut.fits(net)
+            and isinstance(net[1], nn.ReLU)  # type: ignore[index]
+            and kernels.ready(*net.parameters())
+        )
+
+    def _space(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and spare gradients of the layers, `[copies, B, n]` or `[B, n]`."""
+        if batch not in self.buffers:
+            widths = [int(n) for n in self._layers[:, 3]]
+            places = np.cumsum([0, *widths]) * self.copies * batch
+            memory = self.parts[0][0].new_empty(2, int(places[-1]))
+            lead = (batch,) if self.copies == 1 else (self.copies, batch)
+            outs, spare = (
+                [
+                    part[a:b].view(*lead, n)
+                    for a, b, n in zip(places, places[1:], widths, strict=False)
+                ]
+                for part in memory
+            )
+            self.buffers[batch] = outs, spare[:-1]
+            self._spaces[batch] = kernels.array(memory[0]), kernels.array(memory[1]), places
+        return self.buffers[batch]
+
+    def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
+        """As `WrittenOut.forward`."""
+        outs, _ = self._space(x.shape[1])
+        x = x.contiguous()
+        self._given = kernels.array(x)
+        space, _, places = self._spaces[x.shape[1]]
+        _forward(self._given, self._weights, self._layers, self._copies, space, places)
+        alone = self.copies == 1
+        self.hidden = [x[0] if alone else x, *outs[:-1]]
+        if record is not None:
+            for layer, h in zip(self.layers, self.hidden, strict=True):
+                record(layer, h[None] if alone else h)
+        return outs[-1][None] if alone else outs[-1]
+
+    def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
+        """As `WrittenOut.backward`; with a second thread, the large layers' products are shared."""
+        if aside is None or not aside.threaded:
+            self._back(gradient, 0, len(self.layers), _ALL)
+            return
+        last = len(self.layers) - 1
+        while last > 0 and self._layers[last, 3] < WIDE:
+            self._back(gradient, last, last + 1, _ALL)
+            last -= 1
+        for k in range(last, 0, -1):
+            aside.pair(
+                lambda k=k: self._back(gradient, k, k + 1, _INPUTS),  # type: ignore[misc]
+                lambda k=k: self._back(gradient, k, k + 1, _WEIGHTS),  # type: ignore[misc]
+            )
+        if self._layers[0, 3] < WIDE:
+            self._back(gradient, 0, 1, _ALL)
+        else:
+            aside.each(
+                [lambda half=half: self._back(gradient, 0, 1, half) for half in (_UPPER, _LOWER)]  # type: ignore[misc]
+            )
+
+    def _back(self, gradient: Tensor, first: int, end: int, what: int) -> None:
+        """The backward pass from layer `end - 1` down to `first`, or a share of it."""
+        space, spare, places = self._spaces[gradient.shape[1]]
+        given = kernels.array(gradient.contiguous())
+        table, copies = self._layers, self._copies
+        _backward(
+            given, self._given, self._weights, self._slopes, table, copies, space, spare, places,
+            first, end, what,
+        )  # fmt: skip
+
+    def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
+        """As `WrittenOut.input_gradient`: rows of which no gradient is asked are left out."""
+        space, spare, places = self._spaces[gradient.shape[1]]
+        found = gradient.new_zeros(*gradient.shape[:2], last)
+        _input_gradient(
+            kernels.array(gradient.contiguous()), self._weights, self._layers, self._copies,
+            space, spare, places, kernels.array(found),
+        )  # fmt: skip
+        return found
+
+
+_ALL, _INPUTS, _WEIGHTS, _UPPER, _LOWER = range(5)  # what `_backward` does of a layer
+
+
+@kernels.compiled
+def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-untyped-def]
+    """Outputs of all layers into `space`.
+
+    x: [k, B, n]; weights: all layers', those of a layer [S, out, in], then [S, out]; layers: of
+    each where weights and biases begin, inputs, outputs, int64 [L, 4]; copies: which of the S,
+    int64 [k]; places: where each layer's outputs [k, B, out] begin, int64 [L + 1].
+    """
+    batch = x.shape[1]
+    for j in range(copies.size):
+        h = x[j]
+        for k in range(layers.shape[0]):
+            w, b, n_in, n_out = layers[k]
+            w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
+            begin = places[k] + j * batch * n_out
+            weight, bias = (
+                weights[w : w + n_in * n_out].reshape(n_out, n_in),
+                weights[b : b + n_out],
+            )
+            out = space[begin : begin + batch * n_out].reshape(batch, n_out)
+            np.dot(h, weight.T, out)
+            if k == layers.shape[0] - 1:
+                for r in range(batch):
+                    row = out[r]
+                    for i in range(n_out):
+                        row[i] += bias[i]
+            else:
+                for r in range(batch):
+                    row = out[r]
+                    for i in range(n_out):
+                        row[i] = max(row[i] + bias[i], row.dtype.type(0))
+            h = out
+
+
+@kernels.compiled
+def _backward(  # type: ignore[no-untyped-def]
+    gradient, x, weights, slopes, layers, copies, space, spare, places, first, end, what
+):
+    """Gradients of layers `end - 1` down to `first` into `slopes`, which is laid out as `weights`;
+    that by a layer's inputs into `spare`, laid out as `space`, of the layer that gives them.
+
+    gradient: by the last layer's outputs [k, B, m]; x and the others as in `_forward`.
+    what: all; only by the inputs; only by the weights, or by half of their rows.
+    """
+    batch = x.shape[1]
+    for j in range(copies.size):
+        for k in range(end - 1, first - 1, -1):
+            w, b, n_in, n_out = layers[k]
+            w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
+            if k == layers.shape[0] - 1:
+                g = gradient[j]
+            else:
+                begin = places[k] + j * batch * n_out
+                g = spare[begin : begin + batch * n_out].reshape(batch, n_out)
+            h = x[j]
+            if k > 0:
+                begin = places[k - 1] + j * batch * n_in
+                h = space[begin : begin + batch * n_in].reshape(batch, n_in)
+            if what != _INPUTS:
+                low, high = 0, n_out
+                if what == _UPPER:
+                    high = n_out // 2
+                elif what == _LOWER:
+                    low = n_out // 2
+                slope = slopes[b + low : b + high]
+                slope[:] = 0
+                for r in range(batch):
+                    row = g[r]
+                    for i in range(low, high):
+                        slope[i - low] += row[i]
+                slope = slopes[w + low * n_in : w + high * n_in].reshape(high - low, n_in)
+                if high - low == n_out:
+                    np.dot(g.T, h, slope)
+                else:
+                    np.dot(np.ascontiguousarray(g[:, low:high]).T, h, slope)
+            if k > 0 and (what == _ALL or what == _INPUTS):
+                begin = places[k - 1] + j * batch * n_in
+                d = spare[begin : begin + batch * n_in].reshape(batch, n_in)
+                np.dot(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d)
+                for r in range(batch):
+                    row, active = d[r], h[r]
+                    for i in range(n_in):
+                        row[i] = row[i] if active[i] > 0 else row.dtype.type(0)
+
+
+@kernels.compiled
+def _input_gradient(gradient, weights, layers, copies, space, spare, places, found):  # type: ignore[no-untyped-def]
+    """Gradient by the last inputs into `found` [k, B, last], of rows that have one; else zero."""
+    batch, last = found.shape[1], found.shape[2]
+    rows = np.empty(batch, np.int64)
+    for j in range(copies.size):
+        count = 0
+        for r in range(batch):
+            if gradient[j, r].any():
+                rows[count] = r
+                count += 1
+        g = np.empty((count, gradient.shape[2]), gradient.dtype)
+        for r in range(count):
+            g[r] = gradient[j, rows[r]]
+        for k in range(layers.shape[0] - 1, 0, -1):
+            w, _, n_in, n_out = layers[k]
+            w += copies[j] * n_in * n_out
+            begin = places[k - 1] + j * batch * n_in
+            d = spare[begin : begin + count * n_in].reshape(count, n_in)
+            np.dot(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d)
+            for r in range(count):
+                at = begin + rows[r] * n_in
+                row, active = d[r], space[at : at + n_in]
+                for i in range(n_in):
+                    row[i] = row[i] if active[i] > 0 else row.dtype.type(0)
+            g = d
+        w, _, n_in, n_out = layers[0]
+        w += copies[j] * n_in * n_out
+        first = weights[w : w + n_in * n_out].reshape(n_out, n_in)
+        part = np.dot(g, np.ascontiguousarray(first[:, n_in - last :]))
+        for r in range(count):
+            found[j, rows[r]] = part[r]
