@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from perennial.agents.aside import Aside
-from perennial.agents.networks import MLP, WIDE, Record, WrittenOut
+from perennial.agents.networks import MLP, Record, WrittenOut
 from perennial.plasticity import kernels
 from perennial.plasticity.flat import flatten
 
@@ -43,6 +43,7 @@ class CompiledMLP(WrittenOut):
         self._copies = np.arange(total)[slice(None) if only is None else only]
         self._spaces: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._given = np.zeros((0, 0, 0))
+        self._others: np.ndarray | None = None  # gradients of the other thread's rows
 
     @staticmethod
     def fits(net: nn.Module) -> bool:
@@ -87,35 +88,25 @@ class CompiledMLP(WrittenOut):
         return outs[-1][None] if alone else outs[-1]
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
-        """As `WrittenOut.backward`; with a second thread, the large layers' products are shared."""
-        if aside is None or not aside.threaded:
-            self._back(gradient, 0, len(self.layers), _ALL)
-            return
-        last = len(self.layers) - 1
-        while last > 0 and self._layers[last, 3] < WIDE:
-            self._back(gradient, last, last + 1, _ALL)
-            last -= 1
-        for k in range(last, 0, -1):
-            aside.pair(
-                lambda k=k: self._back(gradient, k, k + 1, _INPUTS),  # type: ignore[misc]
-                lambda k=k: self._back(gradient, k, k + 1, _WEIGHTS),  # type: ignore[misc]
-            )
-        if self._layers[0, 3] < WIDE:
-            self._back(gradient, 0, 1, _ALL)
-        else:
-            aside.each(
-                [lambda half=half: self._back(gradient, 0, 1, half) for half in (_UPPER, _LOWER)]  # type: ignore[misc]
-            )
+        """As `WrittenOut.backward`; with a second thread, each takes half of the rows."""
+        batch = gradient.shape[1]
+        space, spare, places = self._spaces[batch]
+        slope, half = kernels.array(gradient.contiguous()), batch // 2
 
-    def _back(self, gradient: Tensor, first: int, end: int, what: int) -> None:
-        """The backward pass from layer `end - 1` down to `first`, or a share of it."""
-        space, spare, places = self._spaces[gradient.shape[1]]
-        given = kernels.array(gradient.contiguous())
-        table, copies = self._layers, self._copies
-        _backward(
-            given, self._given, self._weights, self._slopes, table, copies, space, spare, places,
-            first, end, what,
-        )  # fmt: skip
+        def rows(low: int, high: int, slopes: np.ndarray) -> None:
+            _backward(
+                slope, self._given, self._weights, slopes, self._layers, self._copies,
+                space, spare, places, low, high,
+            )  # fmt: skip
+
+        if aside is None or not aside.threaded:
+            rows(0, batch, self._slopes)
+            return
+        if self._others is None:
+            self._others = np.zeros_like(self._slopes)
+        others = self._others
+        aside.pair(lambda: rows(0, half, self._slopes), lambda: rows(half, batch, others))
+        self._slopes += others
 
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
         """As `WrittenOut.input_gradient`: rows of which no gradient is asked are left out."""
@@ -126,9 +117,6 @@ class CompiledMLP(WrittenOut):
             space, spare, places, kernels.array(found),
         )  # fmt: skip
         return found
-
-
-_ALL, _INPUTS, _WEIGHTS, _UPPER, _LOWER = range(5)  # what `_backward` does of a layer
 
 
 @kernels.compiled
@@ -167,53 +155,38 @@ def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-unty
 
 @kernels.compiled
 def _backward(  # type: ignore[no-untyped-def]
-    gradient, x, weights, slopes, layers, copies, space, spare, places, first, end, what
+    gradient, x, weights, slopes, layers, copies, space, spare, places, low, high
 ):
-    """Gradients of layers `end - 1` down to `first` into `slopes`, which is laid out as `weights`;
-    that by a layer's inputs into `spare`, laid out as `space`, of the layer that gives them.
+    """Gradients of all layers by the rows `low` to `high`, into `slopes`, which is laid out as
+    `weights`; those by a layer's outputs into `spare`, laid out as `space`.
 
     gradient: by the last layer's outputs [k, B, m]; x and the others as in `_forward`.
-    what: all; only by the inputs; only by the weights, or by half of their rows.
     """
-    batch = x.shape[1]
+    batch, rows = x.shape[1], high - low
     for j in range(copies.size):
-        for k in range(end - 1, first - 1, -1):
+        g = gradient[j, low:high]
+        for k in range(layers.shape[0] - 1, -1, -1):
             w, b, n_in, n_out = layers[k]
             w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
-            if k == layers.shape[0] - 1:
-                g = gradient[j]
-            else:
-                begin = places[k] + j * batch * n_out
-                g = spare[begin : begin + batch * n_out].reshape(batch, n_out)
-            h = x[j]
+            begin, h = 0, x[j, low:high]
             if k > 0:
-                begin = places[k - 1] + j * batch * n_in
-                h = space[begin : begin + batch * n_in].reshape(batch, n_in)
-            if what != _INPUTS:
-                low, high = 0, n_out
-                if what == _UPPER:
-                    high = n_out // 2
-                elif what == _LOWER:
-                    low = n_out // 2
-                slope = slopes[b + low : b + high]
-                slope[:] = 0
-                for r in range(batch):
-                    row = g[r]
-                    for i in range(low, high):
-                        slope[i - low] += row[i]
-                slope = slopes[w + low * n_in : w + high * n_in].reshape(high - low, n_in)
-                if high - low == n_out:
-                    np.dot(g.T, h, slope)
-                else:
-                    np.dot(np.ascontiguousarray(g[:, low:high]).T, h, slope)
-            if k > 0 and (what == _ALL or what == _INPUTS):
-                begin = places[k - 1] + j * batch * n_in
-                d = spare[begin : begin + batch * n_in].reshape(batch, n_in)
+                begin = places[k - 1] + (j * batch + low) * n_in
+                h = space[begin : begin + rows * n_in].reshape(rows, n_in)
+            slope = slopes[b : b + n_out]
+            slope[:] = 0
+            for r in range(rows):
+                row = g[r]
+                for i in range(n_out):
+                    slope[i] += row[i]
+            np.dot(g.T, h, slopes[w : w + n_in * n_out].reshape(n_out, n_in))
+            if k > 0:
+                d = spare[begin : begin + rows * n_in].reshape(rows, n_in)
                 np.dot(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d)
-                for r in range(batch):
+                for r in range(rows):
                     row, active = d[r], h[r]
                     for i in range(n_in):
                         row[i] = row[i] if active[i] > 0 else row.dtype.type(0)
+                g = d
 
 
 @kernels.compiled

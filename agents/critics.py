@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy as copying
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +17,14 @@ from perennial.agents.networks import MLP, WrittenOut
 from perennial.agents.passes import Passes, passes
 from perennial.agents.streams import torch_generator
 from perennial.agents.weights import load_weights, weights_of
-from perennial.plasticity import attach, find_units, make, metrics, values
+from perennial.plasticity import attach, find_units, kernels, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import Init
+from perennial.plasticity.flat import together
 
 TWINS = 2
+T = TypeVar("T")
 
 
 class TwinCritics:
@@ -46,6 +51,7 @@ class TwinCritics:
             self.net.parameters(), config.learning_rate, config.betas, config.adam_eps
         )
         self.optimizer.keep_gradients()
+        self.optimizer.prepare()
         self.units = find_units(self.net, like.new_zeros(copies, 1, n_obs + n_act))
         self.handle = attach(
             [make(spec) for spec in config.interventions],
@@ -62,6 +68,7 @@ class TwinCritics:
             [slice(0, middle), slice(middle, copies)] if self.aside.threaded else [slice(None)]
         )
         self.online, self.delayed = self._passes(self.net), self._passes(self.targets, False)
+        self.memories = _memory(self.targets), _memory(self.net)
 
     def _passes(self, net: MLP, learns: bool = True) -> list[Passes]:
         if len(self.cuts) == 1:
@@ -101,44 +108,47 @@ class TwinCritics:
             led = [x if x.ndim == 3 else x[None] for x in inputs]
             self.units.record(layer, torch.cat(led))
 
-    def learn(self, outputs: Tensor, goal: Tensor) -> Tensor:
-        """One step towards targets [S, B, k]; losses [S], half the sum over the twins.
+    def learn(
+        self, outputs: Tensor, goal: Tensor, ahead: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One step towards targets [S, B, k]: losses [S], half the sum over the twins, and outputs
+        [S, 2, B, m] after it on observations and actions `ahead`, of which `action_gradient` will
+        be asked for.
 
         outputs [S, 2, B, m]: what `look` returned.
         """
         loss, gradient = self.codec.loss(outputs, goal[:, None])
         flat = (gradient * (0.5 / loss.shape[-1])).flatten(0, 1)
-        self.aside.each(
-            [
-                lambda p=p, cut=cut: p.backward(flat[cut])  # type: ignore[misc]
-                for p, cut in zip(self.online, self.cuts, strict=True)
-            ]
-        )
-        self.handle.before_step()
-        self.optimizer.move()
-        self.handle.after_step()
-        return 0.5 * loss.mean(-1).sum(1)
+        pairs = torch.cat(ahead, -1)
+        # Methods act on both halves at once, between their gradients and what comes after.
+        apart = len(self.cuts) > 1 and not self.handle.interventions and self.optimizer.compiled
 
-    def evaluate(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Outputs [S, 2, B, m], of which `action_gradient` will be asked for."""
-        pairs = torch.cat([obs, actions], -1)
-        outputs = self.aside.each(
-            [
-                lambda p=p, cut=cut: p.forward(_twice(pairs, cut), wants_input=True)  # type: ignore[misc]
-                for p, cut in zip(self.online, self.cuts, strict=True)
-            ]
-        )
-        return torch.cat(outputs).unflatten(0, (-1, TWINS))
+        def backward(part: Passes, cut: slice) -> None:
+            part.backward(flat[cut])
+
+        def evaluate(part: Passes, cut: slice) -> Tensor:
+            if apart:
+                part.backward(flat[cut])
+                self.optimizer.move(range(len(flat))[cut])
+            return part.forward(_twice(pairs, cut), wants_input=True)
+
+        if not apart:
+            self._each(backward)
+            self.handle.before_step()
+            self.optimizer.move()
+            self.handle.after_step()
+        found = torch.cat(self._each(evaluate)).unflatten(0, (-1, TWINS))
+        return 0.5 * loss.mean(-1).sum(1), found
+
+    def _each(self, job: Callable[[Passes, slice], T]) -> list[T]:
+        """`job` of each half's passes and copies, side by side."""
+        halves = zip(self.online, self.cuts, strict=True)
+        return self.aside.each([partial(job, part, cut) for part, cut in halves])
 
     def action_gradient(self, gradient: Tensor, n_act: int) -> Tensor:
         """Gradient [S, B, A] by the actions of sum(outputs * gradient [S, 2, B, m])."""
         flat = gradient.flatten(0, 1)
-        parts = self.aside.each(
-            [
-                lambda p=p, cut=cut: p.input_gradient(flat[cut], n_act)  # type: ignore[misc]
-                for p, cut in zip(self.online, self.cuts, strict=True)
-            ]
-        )
+        parts = self._each(lambda part, cut: part.input_gradient(flat[cut], n_act))
         return torch.cat(parts).unflatten(0, (-1, TWINS)).sum(1)
 
     def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +163,12 @@ class TwinCritics:
 
     def follow(self, tau: float) -> None:
         """Move the targets by `tau` of the way."""
-        online = [p.detach() for p in self.net.parameters()]
-        torch._foreach_lerp_(list(self.targets.parameters()), online, tau)
+        late, new = self.memories
+        if late is not None and new is not None:
+            kernels.approach(late, new, tau)
+        else:
+            online = [p.detach() for p in self.net.parameters()]
+            torch._foreach_lerp_(list(self.targets.parameters()), online, tau)
 
     def measure(self, obs: Tensor, actions: Tensor) -> dict[str, Any]:
         """Correlates [S] of each critic under `critic1/...`, `critic2/...`."""
@@ -197,6 +211,12 @@ class TwinCritics:
             self.optimizer.load_state_of(copy, state["optimizer"])
             self.handle.load_state_of(copy, state["interventions"])
             self.units.references.load_state_of(copy, state["metrics"])
+
+
+def _memory(net: MLP) -> np.ndarray | None:
+    """All weights of a network as one array, where they stand side by side on the CPU."""
+    memory = together([p.detach() for p in net.parameters()])
+    return kernels.array(memory) if memory is not None and kernels.ready(memory) else None
 
 
 def _twice(pairs: Tensor, cut: slice) -> Tensor:

@@ -39,7 +39,7 @@ WRITTEN_OUT: dict[
 
 
 _HERE = Aside(False)
-WIDE = 128  # units of a layer from which it is worth a second thread
+_WIDE = 128  # units of a layer from which it is worth a second thread
 _LARGE = 1 << 22  # multiplications of a product from which choosing its rows pays
 
 
@@ -223,14 +223,14 @@ class WrittenOut:
 
         whole = slice(None)
         for k in range(len(self.parts) - 1, 0, -1):
-            if aside.threaded and gradient.shape[-1] >= WIDE:
+            if aside.threaded and gradient.shape[-1] >= _WIDE:
                 gradient, _ = aside.pair(
                     partial(by_inputs, k, gradient), partial(by_weights, k, gradient, whole)
                 )
             else:
                 by_weights(k, gradient, whole)
                 gradient = by_inputs(k, gradient)
-        if aside.threaded and gradient.shape[-1] >= WIDE:
+        if aside.threaded and gradient.shape[-1] >= _WIDE:
             half = gradient.shape[-1] // 2
             aside.each(
                 [

@@ -236,12 +236,11 @@ class SAC:
         )
         noise = noise.to(like)
         record = self.units.record if self.handle.observes else None
-        output, next_output = self.aside.pair(
-            lambda: self.actor_passes.forward(obs, record),
-            lambda: self.next_passes.forward(following),
+        draws, next_draws = noise[:, 0].contiguous(), noise[:, 1].contiguous()
+        policy, ahead = self.aside.pair(
+            lambda: self.squash.sample(self.actor_passes.forward(obs, record), draws),
+            lambda: self.squash.sample(self.next_passes.forward(following), next_draws),
         )
-        policy = self.squash.sample(output, noise[:, 0])
-        ahead = self.squash.sample(next_output, noise[:, 1])
         ent_coef = self.log_ent_coef.detach().exp()  # [S, 1]
         ent_loss = self.temperature.learn(policy.log_prob)
 
@@ -249,9 +248,8 @@ class SAC:
         outputs, future = critics.look((obs, actions), (following, ahead.actions))
         soft = rewards - discounts * ent_coef * ahead.log_prob
         goal = critics.codec.backup(critics.codec.smallest(future, dim=1), soft, discounts)
-        critic_loss = critics.learn(outputs, goal)
-
-        q, d_outputs = critics.decode(critics.evaluate(obs, policy.actions))  # [S, 2, B], ... m]
+        critic_loss, outputs = critics.learn(outputs, goal, (obs, policy.actions))
+        q, d_outputs = critics.decode(outputs)  # [S, 2, B], [S, 2, B, m]
         low = q.amin(1, keepdim=True)
         share = (q == low).to(q.dtype)
         share = share / share.sum(1, keepdim=True)

@@ -109,8 +109,10 @@ class BatchedAdam(Optimizer):
         return not torch.compiler.is_compiling() and all(group.compiled for group in table)
 
     def prepare(self) -> None:
-        """Allocate the state now instead of at the first step (before a CUDA graph, say)."""
-        self._groups()
+        """Allocate the state now instead of at the first step: before a CUDA graph, or before
+        threads move copies of their own."""
+        for group in self._groups():
+            group.prepare()
 
     def state_of(self, copy: int) -> dict[str, Tensor]:
         """This copy's moments and step counts (clones), named `<parameter index>.<key>`."""
@@ -206,6 +208,11 @@ class _Group:
         return self.count == len(self.params) and self.pointers == [
             p.data_ptr() for p in self.params
         ]
+
+    def prepare(self) -> None:
+        """Lay out what steps in loops need of the present gradients."""
+        if self.compiled:
+            self.loops.lay_out([p.grad for p in self.params])
 
     def step(
         self,

@@ -51,7 +51,7 @@ class Loops:
         known = all(a is b for a, b in zip(grads, self._grads, strict=True))
         if not known or aging is not self._aging:
             self._aging = aging
-            self._lay_out(grads)
+            self.lay_out(grads)
         if copies not in self._moving:
             self._moving[copies] = np.array(copies, np.int64)
         moving, (beta1, beta2) = self._moving[copies], options["betas"]
@@ -59,7 +59,7 @@ class Loops:
         for run in self._runs:
             kernels.adam(*run, moving, lr, beta1, beta2, eps, decay)  # type: ignore[call-arg]
 
-    def _lay_out(self, grads: list[Tensor | None]) -> None:
+    def lay_out(self, grads: list[Tensor | None]) -> None:
         """Made anew only when gradients are new tensors, and where ages begin or cease to count."""
         present = [index for index, grad in enumerate(grads) if grad is not None]
         rows = (

@@ -273,3 +273,11 @@ def clear_columns(tensor: np.ndarray, kept: np.ndarray) -> None:
         for i in range(kept.shape[1]):
             if kept[c, i] == 0:
                 tensor[c, :, i] = 0
+
+
+@compiled
+def approach(tensor: np.ndarray, goal: np.ndarray, share: float) -> None:
+    """Move `tensor` `[n]` a share of the way to `goal`."""
+    part = tensor.dtype.type(share)
+    for i in range(tensor.size):
+        tensor[i] += (goal[i] - tensor[i]) * part

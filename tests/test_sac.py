@@ -159,8 +159,13 @@ def test_squashed_gradients_equal_autograd():
     raw = normal.mean + normal.stddev * noise
     slope = torch.log(1 - torch.tanh(raw) ** 2 + 1e-6).sum(-1)
     assert torch.allclose(policy.log_prob, normal.log_prob(raw).sum(-1) - slope)
+    for usual, by_loop in zip(policy, head.sample(output.detach(), noise), strict=True):
+        assert torch.allclose(usual, by_loop, rtol=0, atol=1e-8)
     loss = (ent_coef * policy.log_prob).sum() - (direction * policy.actions).sum()
     (expected,) = torch.autograd.grad(loss, output)
+    ours = head.gradient(policy, direction, ent_coef[..., None])
+    assert torch.allclose(ours, expected, atol=1e-12)
+    policy = head.sample(output.detach(), noise)  # and in compiled loops
     ours = head.gradient(policy, direction, ent_coef[..., None])
     assert torch.allclose(ours, expected, atol=1e-12)
 
