@@ -8,17 +8,15 @@ begin.
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 from torch import Tensor, nn
 
+from perennial.agents import blas
 from perennial.agents.aside import Aside
+from perennial.agents.blas import product
 from perennial.agents.networks import MLP, Record, WrittenOut
 from perennial.plasticity import kernels
 from perennial.plasticity.flat import flatten
-
-_BLAS = importlib.util.find_spec("scipy") is not None  # numba takes its matrix products from there
 
 
 class CompiledMLP(WrittenOut):
@@ -49,7 +47,7 @@ class CompiledMLP(WrittenOut):
     def fits(net: nn.Module) -> bool:
         """Whether `net` is a plain ReLU network on the CPU, in a precision that loops take."""
         return (
-            _BLAS
+            blas.ready
             and WrittenOut.fits(net)
             and isinstance(net[1], nn.ReLU)  # type: ignore[index]
             and kernels.ready(*net.parameters())
@@ -139,7 +137,7 @@ def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-unty
                 weights[b : b + n_out],
             )
             out = space[begin : begin + batch * n_out].reshape(batch, n_out)
-            np.dot(h, weight.T, out)
+            product(h, weight, out, False, True)
             if k == layers.shape[0] - 1:
                 for r in range(batch):
                     row = out[r]
@@ -178,10 +176,10 @@ def _backward(  # type: ignore[no-untyped-def]
                 row = g[r]
                 for i in range(n_out):
                     slope[i] += row[i]
-            np.dot(g.T, h, slopes[w : w + n_in * n_out].reshape(n_out, n_in))
+            product(g, h, slopes[w : w + n_in * n_out].reshape(n_out, n_in), True, False)
             if k > 0:
                 d = spare[begin : begin + rows * n_in].reshape(rows, n_in)
-                np.dot(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d)
+                product(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d, False, False)
                 for r in range(rows):
                     row, active = d[r], h[r]
                     for i in range(n_in):
@@ -208,7 +206,7 @@ def _input_gradient(gradient, weights, layers, copies, space, spare, places, fou
             w += copies[j] * n_in * n_out
             begin = places[k - 1] + j * batch * n_in
             d = spare[begin : begin + count * n_in].reshape(count, n_in)
-            np.dot(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d)
+            product(g, weights[w : w + n_in * n_out].reshape(n_out, n_in), d, False, False)
             for r in range(count):
                 at = begin + rows[r] * n_in
                 row, active = d[r], space[at : at + n_in]
@@ -218,6 +216,7 @@ def _input_gradient(gradient, weights, layers, copies, space, spare, places, fou
         w, _, n_in, n_out = layers[0]
         w += copies[j] * n_in * n_out
         first = weights[w : w + n_in * n_out].reshape(n_out, n_in)
-        part = np.dot(g, np.ascontiguousarray(first[:, n_in - last :]))
+        part = np.empty((count, last), g.dtype)
+        product(g, first[:, n_in - last :], part, False, False)
         for r in range(count):
             found[j, rows[r]] = part[r]
