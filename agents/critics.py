@@ -109,16 +109,21 @@ class TwinCritics:
             self.units.record(layer, torch.cat(led))
 
     def learn(
-        self, outputs: Tensor, goal: Tensor, ahead: tuple[Tensor, Tensor]
+        self,
+        outputs: Tensor,
+        future: Tensor,
+        rewards: Tensor,
+        discounts: Tensor,
+        ahead: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """One step towards targets [S, B, k]: losses [S], half the sum over the twins, and outputs
-        [S, 2, B, m] after it on observations and actions `ahead`, of which `action_gradient` will
-        be asked for.
+        """One step towards `rewards + discounts * the smaller of the targets' next values`: losses
+        [S], half the sum over the twins, and outputs [S, 2, B, m] after it on observations and
+        actions `ahead`, of which `action_gradient` will be asked for.
 
-        outputs [S, 2, B, m]: what `look` returned.
+        outputs, future [S, 2, B, m]: what `look` returned; rewards, discounts [S, B].
         """
-        loss, gradient = self.codec.loss(outputs, goal[:, None])
-        flat = (gradient * (0.5 / loss.shape[-1])).flatten(0, 1)
+        loss, gradient = self._errors(outputs, future, rewards, discounts)
+        flat = gradient.flatten(0, 1)
         pairs = torch.cat(ahead, -1)
         # Methods act on both halves at once, between their gradients and what comes after.
         apart = len(self.cuts) > 1 and not self.handle.interventions and self.optimizer.compiled
@@ -138,7 +143,34 @@ class TwinCritics:
             self.optimizer.move()
             self.handle.after_step()
         found = torch.cat(self._each(evaluate)).unflatten(0, (-1, TWINS))
-        return 0.5 * loss.mean(-1).sum(1), found
+        return loss, found
+
+    def _errors(
+        self, outputs: Tensor, future: Tensor, rewards: Tensor, discounts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [S] and their gradient [S, 2, B, m] by the outputs."""
+        if isinstance(self.codec, values.MSE) and kernels.ready(
+            outputs, future, rewards, discounts
+        ):
+            gradient, loss = torch.empty_like(outputs), rewards.new_empty(len(rewards))
+            _twin_errors(*map(kernels.array, (outputs, future, rewards, discounts, gradient, loss)))
+            return loss, gradient
+        goal = self.codec.backup(self.codec.smallest(future, dim=1), rewards, discounts)
+        loss, gradient = self.codec.loss(outputs, goal[:, None])
+        return 0.5 * loss.mean(-1).sum(1), gradient * (0.5 / loss.shape[-1])
+
+    def lesser(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The smaller of the twins' values [S, B] and its gradient by the outputs [S, 2, B, m];
+        where both are equal they share it."""
+        if isinstance(self.codec, values.MSE) and kernels.ready(outputs):
+            low, gradient = outputs[:, 0, :, 0].contiguous(), torch.empty_like(outputs)
+            _lesser(*map(kernels.array, (outputs, low, gradient)))
+            return low, gradient
+        q, gradient = self.decode(outputs)
+        low = q.amin(1, keepdim=True)
+        share = (q == low).to(q.dtype)
+        share = share / share.sum(1, keepdim=True)
+        return low[:, 0], gradient * share[..., None]
 
     def _each(self, job: Callable[[Passes, slice], T]) -> list[T]:
         """`job` of each half's passes and copies, side by side."""
@@ -224,3 +256,32 @@ def _twice(pairs: Tensor, cut: slice) -> Tensor:
     if len(pairs) == 1:
         return pairs.expand(len(range(TWINS)[cut]), -1, -1)
     return pairs.repeat_interleave(TWINS, 0)[cut]
+
+
+@kernels.compiled
+def _twin_errors(outputs, future, rewards, discounts, gradient, losses):  # type: ignore[no-untyped-def]
+    """`TwinCritics._errors` of values themselves into the last two."""
+    batch = rewards.shape[1]
+    for c in range(len(losses)):
+        total = 0.0
+        for r in range(batch):
+            ahead = min(future[c, 0, r, 0], future[c, 1, r, 0])
+            goal = rewards[c, r] + discounts[c, r] * ahead
+            for i in range(2):
+                error = outputs[c, i, r, 0] - goal
+                gradient[c, i, r, 0] = error / batch
+                total += error * error
+        losses[c] = 0.5 * total / batch
+
+
+@kernels.compiled
+def _lesser(outputs, low, gradient):  # type: ignore[no-untyped-def]
+    """`TwinCritics.lesser` of values themselves into the last two."""
+    for c in range(outputs.shape[0]):
+        for r in range(outputs.shape[2]):
+            first, second = outputs[c, 0, r, 0], outputs[c, 1, r, 0]
+            share = 0.5
+            if first != second:
+                share = 1.0 if first < second else 0.0
+            low[c, r] = min(first, second)
+            gradient[c, 0, r, 0], gradient[c, 1, r, 0] = share, 1.0 - share

@@ -42,6 +42,7 @@ from perennial.plasticity.base import Intervention
 from perennial.plasticity.copies import Init
 
 _PROBE_ROWS = 1024
+LOSSES = ("actor_loss", "critic_loss", "ent_coef", "ent_coef_loss")
 
 
 class SAC:
@@ -111,7 +112,8 @@ class SAC:
             config.at_change,
         )
         self.updates = 0
-        self.sums: dict[str, np.ndarray] = {}
+        # Of the `train/*` values of `learn`, in its order, and how often.
+        self.sums = torch.zeros(len(LOSSES), len(seeds), dtype=torch.float64, device=device)
         self.summed = 0
 
     def _beside(self) -> list[Intervention]:
@@ -152,11 +154,12 @@ class SAC:
                 with clock("update"):
                     for _ in range(config.gradient_steps):
                         self.update()
-        means = {name: total / max(1, self.summed) for name, total in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        if means:
-            means["n_updates"] = np.full(len(self.seeds), self.updates)
-        return means
+        if not self.summed:
+            return {}
+        means = dict(zip(LOSSES, (self.sums / self.summed).cpu().numpy(), strict=True))
+        self.sums.zero_()
+        self.summed = 0
+        return means | {"n_updates": np.full(len(self.seeds), self.updates)}
 
     def _primed(
         self,
@@ -223,13 +226,12 @@ class SAC:
         noise = self.update_stream.normal(2, config.batch_size, self.squash.size)
         losses = self.learn(sample, torch.from_numpy(noise))
         self.summed += 1
-        for name, value in losses.items():
-            now = value.detach().cpu().double().numpy()
-            self.sums[name] = self.sums[name] + now if name in self.sums else now
+        self.sums += losses
 
     @torch.no_grad()  # the passes that need gradients ask for them
-    def learn(self, sample: Sample, noise: Tensor) -> dict[str, Tensor]:
-        """Learn from a sample with the actor's noise [S, 2, B, A]; `train/*` values [S]."""
+    def learn(self, sample: Sample, noise: Tensor) -> Tensor:
+        """Learn from a sample with the actor's noise [S, 2, B, A]; `train/*` values [4, S], which
+        LOSSES names."""
         config, like = self.config, self.log_ent_coef
         obs, actions, rewards, discounts, following = (
             torch.from_numpy(x).to(like) for x in sample[:5]
@@ -247,13 +249,11 @@ class SAC:
         critics = self.critics
         outputs, future = critics.look((obs, actions), (following, ahead.actions))
         soft = rewards - discounts * ent_coef * ahead.log_prob
-        goal = critics.codec.backup(critics.codec.smallest(future, dim=1), soft, discounts)
-        critic_loss, outputs = critics.learn(outputs, goal, (obs, policy.actions))
-        q, d_outputs = critics.decode(outputs)  # [S, 2, B], [S, 2, B, m]
-        low = q.amin(1, keepdim=True)
-        share = (q == low).to(q.dtype)
-        share = share / share.sum(1, keepdim=True)
-        d_actions = critics.action_gradient(d_outputs * share[..., None], self.squash.size)
+        critic_loss, outputs = critics.learn(
+            outputs, future, soft, discounts, (obs, policy.actions)
+        )
+        low, d_outputs = critics.lesser(outputs)  # [S, B], [S, 2, B, m]
+        d_actions = critics.action_gradient(d_outputs, self.squash.size)
         d_output = self.squash.gradient(policy, d_actions, ent_coef[..., None])
         self.actor_passes.backward(d_output / config.batch_size, self.aside)
         self.handle.before_step()
@@ -262,12 +262,8 @@ class SAC:
         self.updates += 1
         if self.updates % config.target_update_interval == 0:
             critics.follow(config.tau)
-        return {
-            "actor_loss": (ent_coef * policy.log_prob - low[:, 0]).mean(-1),
-            "critic_loss": critic_loss,
-            "ent_coef": ent_coef[:, 0],
-            "ent_coef_loss": ent_loss,
-        }
+        actor_loss = (ent_coef * policy.log_prob - low).mean(-1)
+        return torch.stack([actor_loss, critic_loss, ent_coef[:, 0], ent_loss])
 
     # ---- seeing and state ----------------------------------------------------------------------
 
@@ -308,7 +304,7 @@ class SAC:
             "replay": self.replay.state(copy),
             "latest": torch.from_numpy(self.latest[copy].copy()),
             "updates": self.updates,
-            "sums": {name: float(total[copy]) for name, total in self.sums.items()},
+            "sums": self.sums[:, copy].cpu(),
             "summed": self.summed,
         }
 
@@ -326,8 +322,7 @@ class SAC:
         self.replay.load_state(copy, state["replay"])
         self.latest[copy] = state["latest"].numpy()
         self.updates, self.summed = state["updates"], state["summed"]
-        for name, total in state["sums"].items():
-            self.sums.setdefault(name, np.zeros(len(self.seeds)))[copy] = total
+        self.sums[:, copy].copy_(state["sums"])
 
     def _streams(self) -> dict[str, Streams]:
         return {

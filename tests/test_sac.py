@@ -15,7 +15,7 @@ from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from perennial.agents.config import build_config
 from perennial.agents.loop import train_group
 from perennial.agents.replay import Sample
-from perennial.agents.sac import SAC
+from perennial.agents.sac import LOSSES, SAC
 from perennial.agents.squashed import SquashedGaussian
 from tests.test_checkpoint import same
 from tests.test_exactness import scalars
@@ -99,7 +99,8 @@ def train_both(theirs, ours, dtype: torch.dtype, monkeypatch):
         discounts = ours.config.gamma * (1.0 - done)
         parts = (obs, actions, rewards, discounts, following)
         both = torch.stack(noise[2 * k : 2 * k + 2])[None]
-        step = ours.learn(Sample(*(x[None] for x in parts)), both)
+        values = ours.learn(Sample(*(x[None] for x in parts)), both)
+        step = dict(zip(LOSSES, values, strict=True))
         losses = {n: losses.get(n, 0.0) + v.item() / STEPS for n, v in step.items()}
     return losses, theirs.logger.name_to_value
 
