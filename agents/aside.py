@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+class Later:
+    """A computation whose arguments are laid out already.
+
+    run: does it; what it returns, if anything, is the `value`.
+    value: known beforehand where `run` writes into memory.
+    """
+
+    def __init__(self, run: Callable[[], Any], value: Any = None):
+        self.run, self.value = run, value
+
+    def __call__(self) -> None:
+        found = self.run()
+        if found is not None:
+            self.value = found
 
 
 class Aside:
@@ -31,6 +47,22 @@ class Aside:
             return here(), there()
         other = self._pool.submit(there)
         return here(), other.result()
+
+    def run(self, *jobs: Sequence[Later]) -> None:
+        """One or two jobs of several computations each.
+
+        What is laid out beforehand does not wait for the interpreter, which threads have to share.
+        """
+
+        def work(job: Sequence[Later]) -> None:
+            for later in job:
+                later()
+
+        if len(jobs) == 2:
+            self.pair(lambda: work(jobs[0]), lambda: work(jobs[1]))
+        else:
+            for job in jobs:
+                work(job)
 
     def each(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Results of one or two jobs."""

@@ -8,11 +8,13 @@ begin.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from torch import Tensor, nn
 
 from perennial.agents import blas
-from perennial.agents.aside import Aside
+from perennial.agents.aside import Aside, Later
 from perennial.agents.blas import product
 from perennial.agents.networks import MLP, Record, WrittenOut
 from perennial.plasticity import kernels
@@ -73,48 +75,66 @@ class CompiledMLP(WrittenOut):
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
         """As `WrittenOut.forward`."""
+        later = self.forward_later(x)
+        later()
+        if record is not None:
+            for layer, h in zip(self.layers, self.hidden, strict=True):
+                record(layer, h[None] if self.copies == 1 else h)
+        return later.value  # type: ignore[no-any-return]
+
+    def forward_later(
+        self, x: Tensor, record: Record | None = None, wants_input: bool = False
+    ) -> Later:
+        """`forward`."""
+        if record is not None:
+            return super().forward_later(x, record, wants_input)
         outs, _ = self._space(x.shape[1])
         x = x.contiguous()
         self._given = kernels.array(x)
         space, _, places = self._spaces[x.shape[1]]
-        _forward(self._given, self._weights, self._layers, self._copies, space, places)
         alone = self.copies == 1
         self.hidden = [x[0] if alone else x, *outs[:-1]]
-        if record is not None:
-            for layer, h in zip(self.layers, self.hidden, strict=True):
-                record(layer, h[None] if alone else h)
-        return outs[-1][None] if alone else outs[-1]
+        return Later(
+            partial(
+                _forward, self._given, self._weights, self._layers, self._copies, space, places
+            ),
+            outs[-1][None] if alone else outs[-1],
+        )
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
         """As `WrittenOut.backward`; with a second thread, each takes half of the rows."""
-        batch = gradient.shape[1]
-        space, spare, places = self._spaces[batch]
-        slope, half = kernels.array(gradient.contiguous()), batch // 2
-
-        def rows(low: int, high: int, slopes: np.ndarray) -> None:
-            _backward(
-                slope, self._given, self._weights, slopes, self._layers, self._copies,
-                space, spare, places, low, high,
-            )  # fmt: skip
-
         if aside is None or not aside.threaded:
-            rows(0, batch, self._slopes)
+            self.backward_later(gradient)()
             return
         if self._others is None:
             self._others = np.zeros_like(self._slopes)
-        others = self._others
-        aside.pair(lambda: rows(0, half, self._slopes), lambda: rows(half, batch, others))
-        self._slopes += others
+        half = gradient.shape[1] // 2
+        upper = self._rows(gradient, 0, half, self._slopes)
+        aside.run([upper], [self._rows(gradient, half, gradient.shape[1], self._others)])
+        self._slopes += self._others
+
+    def backward_later(self, gradient: Tensor) -> Later:
+        """`backward`."""
+        return self._rows(gradient, 0, gradient.shape[1], self._slopes)
+
+    def _rows(self, gradient: Tensor, low: int, high: int, slopes: np.ndarray) -> Later:
+        """The gradients of some rows alone, into `slopes`."""
+        slope = kernels.array(gradient.contiguous())
+        given = slope, self._given, self._weights, slopes, self._layers, self._copies
+        return Later(partial(_backward, *given, *self._spaces[gradient.shape[1]], low, high))
 
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
         """As `WrittenOut.input_gradient`: rows of which no gradient is asked are left out."""
-        space, spare, places = self._spaces[gradient.shape[1]]
+        later = self.input_gradient_later(gradient, last)
+        later()
+        return later.value  # type: ignore[no-any-return]
+
+    def input_gradient_later(self, gradient: Tensor, last: int) -> Later:
+        """`input_gradient`."""
         found = gradient.new_zeros(*gradient.shape[:2], last)
-        _input_gradient(
-            kernels.array(gradient.contiguous()), self._weights, self._layers, self._copies,
-            space, spare, places, kernels.array(found),
-        )  # fmt: skip
-        return found
+        given = kernels.array(gradient.contiguous()), self._weights, self._layers, self._copies
+        memory = *self._spaces[gradient.shape[1]], kernels.array(found)
+        return Later(partial(_input_gradient, *given, *memory), found)
 
 
 @kernels.compiled

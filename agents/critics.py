@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.agents.aside import Aside
+from perennial.agents.aside import Aside, Later
 from perennial.agents.config import SACConfig
 from perennial.agents.networks import MLP, WrittenOut
 from perennial.agents.passes import Passes, passes
@@ -24,7 +23,6 @@ from perennial.plasticity.copies import Init
 from perennial.plasticity.flat import together
 
 TWINS = 2
-T = TypeVar("T")
 
 
 class TwinCritics:
@@ -84,20 +82,14 @@ class TwinCritics:
         """
         pairs, ahead = torch.cat(now, -1), torch.cat(following, -1)
         record = self.units.record if self.handle.observes and len(self.cuts) == 1 else None
-        both = self.aside.each(
-            [
-                lambda p=p, q=q, cut=cut: (  # type: ignore[misc]
-                    q.forward(_twice(ahead, cut)),
-                    p.forward(_twice(pairs, cut), record),
-                )
-                for p, q, cut in zip(self.online, self.delayed, self.cuts, strict=True)
-            ]
-        )
+        jobs = [
+            (q.forward_later(_twice(ahead, cut)), p.forward_later(_twice(pairs, cut), record))
+            for p, q, cut in zip(self.online, self.delayed, self.cuts, strict=True)
+        ]
+        self.aside.run(*jobs)
         if self.handle.observes and record is None:
             self._record()
-        future, outputs = (
-            torch.cat(each).unflatten(0, (-1, TWINS)) for each in zip(*both, strict=True)
-        )
+        future, outputs = (_values(halves) for halves in zip(*jobs, strict=True))
         return outputs, future
 
     def _record(self) -> None:
@@ -125,35 +117,29 @@ class TwinCritics:
         loss, gradient = self._errors(outputs, future, rewards, discounts)
         flat = gradient.flatten(0, 1)
         pairs = torch.cat(ahead, -1)
+        backward = self._each(lambda part, cut: part.backward_later(flat[cut]))
+        evaluate = self._each(lambda part, cut: part.forward_later(_twice(pairs, cut), None, True))
         # Methods act on both halves at once, between their gradients and what comes after.
-        apart = len(self.cuts) > 1 and not self.handle.interventions and self.optimizer.compiled
-
-        def backward(part: Passes, cut: slice) -> None:
-            part.backward(flat[cut])
-
-        def evaluate(part: Passes, cut: slice) -> Tensor:
-            if apart:
-                part.backward(flat[cut])
-                self.optimizer.move(range(len(flat))[cut])
-            return part.forward(_twice(pairs, cut), wants_input=True)
-
-        if not apart:
-            self._each(backward)
+        if len(self.cuts) > 1 and not self.handle.interventions and self.optimizer.compiled:
+            steps = [self.optimizer.calls(range(len(flat))[cut]) for cut in self.cuts]
+            halves = zip(backward, steps, evaluate, strict=True)
+            self.aside.run(*((back, *map(Later, step), ahead) for back, step, ahead in halves))
+        else:
+            self._run(backward)
             self.handle.before_step()
             self.optimizer.move()
             self.handle.after_step()
-        found = torch.cat(self._each(evaluate)).unflatten(0, (-1, TWINS))
-        return loss, found
+            self._run(evaluate)
+        return loss, _values(evaluate)
 
     def _errors(
         self, outputs: Tensor, future: Tensor, rewards: Tensor, discounts: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Losses [S] and their gradient [S, 2, B, m] by the outputs."""
-        if isinstance(self.codec, values.MSE) and kernels.ready(
-            outputs, future, rewards, discounts
-        ):
+        given = outputs, future, rewards, discounts
+        if isinstance(self.codec, values.MSE) and kernels.ready(*given):
             gradient, loss = torch.empty_like(outputs), rewards.new_empty(len(rewards))
-            _twin_errors(*map(kernels.array, (outputs, future, rewards, discounts, gradient, loss)))
+            _twin_errors(*map(kernels.array, (*given, gradient, loss)))
             return loss, gradient
         goal = self.codec.backup(self.codec.smallest(future, dim=1), rewards, discounts)
         loss, gradient = self.codec.loss(outputs, goal[:, None])
@@ -172,16 +158,19 @@ class TwinCritics:
         share = share / share.sum(1, keepdim=True)
         return low[:, 0], gradient * share[..., None]
 
-    def _each(self, job: Callable[[Passes, slice], T]) -> list[T]:
-        """`job` of each half's passes and copies, side by side."""
-        halves = zip(self.online, self.cuts, strict=True)
-        return self.aside.each([partial(job, part, cut) for part, cut in halves])
+    def _each(self, make: Callable[[Passes, slice], Later]) -> list[Later]:
+        """One computation for each half, of its passes and copies."""
+        return [make(part, cut) for part, cut in zip(self.online, self.cuts, strict=True)]
+
+    def _run(self, halves: Sequence[Later]) -> None:
+        self.aside.run(*([half] for half in halves))
 
     def action_gradient(self, gradient: Tensor, n_act: int) -> Tensor:
         """Gradient [S, B, A] by the actions of sum(outputs * gradient [S, 2, B, m])."""
         flat = gradient.flatten(0, 1)
-        parts = self._each(lambda part, cut: part.input_gradient(flat[cut], n_act))
-        return torch.cat(parts).unflatten(0, (-1, TWINS)).sum(1)
+        halves = self._each(lambda part, cut: part.input_gradient_later(flat[cut], n_act))
+        self._run(halves)
+        return _values(halves).sum(1)
 
     def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Values [S, 2, B] of outputs [S, 2, B, m] and their gradient by the outputs."""
@@ -243,6 +232,12 @@ class TwinCritics:
             self.optimizer.load_state_of(copy, state["optimizer"])
             self.handle.load_state_of(copy, state["interventions"])
             self.units.references.load_state_of(copy, state["metrics"])
+
+
+def _values(halves: Sequence[Later]) -> Tensor:
+    """What both halves made, `[S, 2, ...]`."""
+    whole = halves[0].value if len(halves) == 1 else torch.cat([half.value for half in halves])
+    return whole.unflatten(0, (-1, TWINS))  # type: ignore[no-any-return]
 
 
 def _memory(net: MLP) -> np.ndarray | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.aside import Aside
+from perennial.agents.aside import Aside, Later
 from perennial.plasticity.copies import BatchedLinear, Init
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -86,7 +86,41 @@ def gradient_of(parameter: Tensor | None) -> Tensor:
     return parameter.grad
 
 
-class Autograd:
+class Training:
+    """Training passes of a network. Those that are made `later` are asked for in the order in which
+    they will be made."""
+
+    def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
+        """Output [S, B, n_out] of inputs [S, B, n_in]; `record` is told of each layer's inputs.
+
+        `wants_input`: `input_gradient` will be asked for, in place of `backward`.
+        """
+        raise NotImplementedError
+
+    def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
+        """Write the gradients of sum(output * gradient) into every parameter's .grad."""
+        raise NotImplementedError
+
+    def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
+        """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart."""
+        raise NotImplementedError
+
+    def forward_later(
+        self, x: Tensor, record: Record | None = None, wants_input: bool = False
+    ) -> Later:
+        """`forward`."""
+        return Later(partial(self.forward, x, record, wants_input))
+
+    def backward_later(self, gradient: Tensor) -> Later:
+        """`backward`."""
+        return Later(partial(self.backward, gradient))
+
+    def input_gradient_later(self, gradient: Tensor, last: int) -> Later:
+        """`input_gradient`."""
+        return Later(partial(self.input_gradient, gradient, last))
+
+
+class Autograd(Training):
     """Training passes of any network: forward, then backward from a gradient of the output.
 
     `learns`: whether a backward will ever be asked for; without, forwards are not recorded.
@@ -98,24 +132,19 @@ class Autograd:
         self.output: Tensor | None = None
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
-        """Output [S, B, n_out]; the modules' own hooks record activations, not `record`.
-
-        `wants_input`: `input_gradient` will be asked for, in place of `backward`.
-        """
+        """As `Training`; the modules' own hooks record activations, not `record`."""
         self.input = x.detach().requires_grad_(wants_input)
         with torch.set_grad_enabled(self.learns):
             self.output = self.net(self.input)
         return self.output.detach()
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
-        """Leave the gradients of sum(output * gradient) in every parameter's .grad."""
         assert self.output is not None
         torch._foreach_zero_(self.gradients)
         self.output.backward(gradient)
         self.output = None
 
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
-        """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart."""
         assert self.output is not None
         (d_input,) = torch.autograd.grad(self.output, self.input, gradient)
         self.output = None
@@ -128,7 +157,7 @@ def _tensors(layer: BatchedLinear) -> tuple[Tensor, Tensor]:
     return layer.weight.detach(), layer.bias.detach()
 
 
-class WrittenOut:
+class WrittenOut(Training):
     """Training passes of a plain MLP (ReLU or tanh) without autograd, into reused buffers.
 
     Measured against autograd at two 256-256 networks and minibatches of 128: 1.3 times the updates

@@ -239,10 +239,14 @@ class SAC:
         noise = noise.to(like)
         record = self.units.record if self.handle.observes else None
         draws, next_draws = noise[:, 0].contiguous(), noise[:, 1].contiguous()
-        policy, ahead = self.aside.pair(
-            lambda: self.squash.sample(self.actor_passes.forward(obs, record), draws),
-            lambda: self.squash.sample(self.next_passes.forward(following), next_draws),
+        output, next_output = (
+            self.actor_passes.forward_later(obs, record),
+            self.next_passes.forward_later(following),
         )
+        here = self.squash.sample_later(output, draws)
+        there = self.squash.sample_later(next_output, next_draws)
+        self.aside.run((output, here), (next_output, there))
+        policy, ahead = here.value, there.value
         ent_coef = self.log_ent_coef.detach().exp()  # [S, 1]
         ent_loss = self.temperature.learn(policy.log_prob)
 

@@ -7,12 +7,14 @@ logarithm of the squashing's slope finite.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.agents.aside import Later
 from perennial.plasticity import kernels
 
 _LOW, _HIGH = -20.0, 2.0
@@ -43,11 +45,9 @@ class SquashedGaussian:
     def sample(self, output: Tensor, noise: Tensor) -> Squashed:
         """Actions of outputs [S, B, 2A] and noise [S, B, A], with their log density."""
         if kernels.ready(output, noise) and not output.requires_grad:
-            actions, stretched, inside = (torch.empty_like(noise) for _ in range(3))
-            log_prob = noise.new_empty(noise.shape[:-1])
-            arrays = (output, noise, actions, stretched, inside, log_prob)
-            _sample(*map(kernels.array, arrays))
-            return Squashed(actions, log_prob, stretched, inside)
+            later = self.sample_later(Later(_nothing, output), noise)
+            later()
+            return later.value  # type: ignore[no-any-return]
         mean, raw = output.chunk(2, -1)
         log_std = raw.clamp(_LOW, _HIGH)
         stretched = log_std.exp() * noise
@@ -56,6 +56,16 @@ class SquashedGaussian:
         slope = torch.log(1.0 - actions.square() + _EPSILON).sum(-1)
         inside = ((raw >= _LOW) & (raw <= _HIGH)).to(raw.dtype)
         return Squashed(actions, gaussian - slope, stretched, inside)
+
+    def sample_later(self, output: Later, noise: Tensor) -> Later:
+        """`sample` of an output that is made before."""
+        known = output.value
+        if known is None or not kernels.ready(known, noise):
+            return Later(lambda: self.sample(output.value, noise))
+        actions, stretched, inside = (torch.empty_like(noise) for _ in range(3))
+        log_prob = noise.new_empty(noise.shape[:-1])
+        arrays = map(kernels.array, (known, noise, actions, stretched, inside, log_prob))
+        return Later(partial(_sample, *arrays), Squashed(actions, log_prob, stretched, inside))
 
     def gradient(self, policy: Squashed, d_value: Tensor, ent_coef: Tensor) -> Tensor:
         """Gradient [S, B, 2A] of `ent_coef log_prob - value` by the outputs, per row.
@@ -75,6 +85,10 @@ class SquashedGaussian:
         d_mean = ent_coef * d_log_prob - d_value * slope
         d_log_std = (d_mean * policy.stretched - ent_coef) * policy.inside
         return torch.cat([d_mean, d_log_std], -1)
+
+
+def _nothing() -> None:
+    """Of an output that is there."""
 
 
 @kernels.compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,16 @@ class BatchedAdam(Optimizer):
             self.aging.look_up()
         for group, options in zip(self._groups(), self.param_groups, strict=True):
             group.step(options, copies, mask, self.aging)
+
+    def calls(self, active: Active = None) -> list[Callable[[], None]]:
+        """`move` as calls of compiled loops, which need little of the interpreter and may run in a
+        thread; only where `compiled`, and without ages."""
+        copies, _ = self._chosen(active)
+        return [
+            call
+            for group, options in zip(self._groups(), self.param_groups, strict=True)
+            for call in group.loops.calls([p.grad for p in group.params], options, copies, None)
+        ]
 
     @property
     def compiled(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,17 @@ class Loops:
         aging: Aging | None,
     ) -> None:
         """Count and make the step, of these copies and of the parameters that have a gradient."""
+        for call in self.calls(grads, options, copies, aging):
+            call()
+
+    def calls(
+        self,
+        grads: list[Tensor | None],
+        options: Mapping[str, Any],
+        copies: tuple[int, ...],
+        aging: Aging | None,
+    ) -> list[Callable[[], None]]:
+        """The step as calls of compiled loops."""
         known = all(a is b for a, b in zip(grads, self._grads, strict=True))
         if not known or aging is not self._aging:
             self._aging = aging
@@ -56,8 +68,8 @@ class Loops:
             self._moving[copies] = np.array(copies, np.int64)
         moving, (beta1, beta2) = self._moving[copies], options["betas"]
         lr, eps, decay = float(options["lr"]), options["eps"], options["weight_decay"]
-        for run in self._runs:
-            kernels.adam(*run, moving, lr, beta1, beta2, eps, decay)  # type: ignore[call-arg]
+        common = moving, lr, beta1, beta2, eps, decay
+        return [partial(kernels.adam, *run, *common) for run in self._runs]  # type: ignore[call-arg]
 
     def lay_out(self, grads: list[Tensor | None]) -> None:
         """Made anew only when gradients are new tensors, and where ages begin or cease to count."""
