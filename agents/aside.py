@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,6 +26,31 @@ class Later:
             self.value = found
 
 
+class _Helper:
+    """What a second thread and the first share: one job at a time, handed over by two locks, which
+    takes half of the time of a queue's or an executor's."""
+
+    def __init__(self) -> None:
+        self.job: Callable[[], Any] | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.go, self.done = threading.Lock(), threading.Lock()
+        self.go.acquire()
+        self.done.acquire()
+        threading.Thread(target=self._serve, name="aside", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self.go.acquire()
+            if self.job is None:
+                return
+            try:
+                self.result = self.job()
+            except BaseException as error:
+                self.error = error
+            self.done.release()
+
+
 class Aside:
     """Runs every second job on a thread of its own; without one, jobs run in turn.
 
@@ -34,19 +59,35 @@ class Aside:
     """
 
     def __init__(self, threaded: bool):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aside") if threaded else None
+        self._helper = _Helper() if threaded else None
+
+    def __del__(self) -> None:
+        helper = getattr(self, "_helper", None)
+        if helper is not None:
+            helper.job = None
+            helper.go.release()
 
     @property
     def threaded(self) -> bool:
         """Whether there is a second thread."""
-        return self._pool is not None
+        return self._helper is not None
 
     def pair(self, here: Callable[[], T], there: Callable[[], U]) -> tuple[T, U]:
         """Results of both jobs."""
-        if self._pool is None:
+        helper = self._helper
+        if helper is None:
             return here(), there()
-        other = self._pool.submit(there)
-        return here(), other.result()
+        helper.job = there
+        helper.go.release()
+        try:
+            mine = here()
+        finally:
+            helper.done.acquire()
+            theirs, error = helper.result, helper.error
+            helper.job = helper.result = helper.error = None
+        if error is not None:
+            raise error
+        return mine, theirs
 
     def run(self, *jobs: Sequence[Later]) -> None:
         """One or two jobs of several computations each.
