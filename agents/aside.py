@@ -89,6 +89,10 @@ class Aside:
             raise error
         return mine, theirs
 
+    def calls(self, here: Sequence[Callable[[], Any]], there: Sequence[Callable[[], Any]]) -> None:
+        """Two lists of calls."""
+        self.run([Later(call) for call in here], [Later(call) for call in there])
+
     def run(self, *jobs: Sequence[Later]) -> None:
         """One or two jobs of several computations each.
 

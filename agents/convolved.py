@@ -97,7 +97,7 @@ class Convolved:
 
     def look(self, x: Tensor) -> Tensor:
         """The same, forgotten at once: the next backward is that of the last forward."""
-        outputs = [_joined([half.output for half in halves]) for halves in self._run(x)]
+        outputs = [_joined([half.output for half in halves]) for halves in self._run(x, False)]
         return torch.stack(outputs)
 
     def _whole(self, of: Callable[[_Part], Tensor]) -> Tensor:
@@ -105,25 +105,30 @@ class Convolved:
         copies = [_joined([of(half) for half in halves]) for halves in self.parts]
         return torch.stack(copies) if len(copies) > 1 else copies[0].unsqueeze(0)
 
-    def _run(self, x: Tensor) -> list[list[_Part]]:
+    def _run(self, x: Tensor, learns: bool = True) -> list[list[_Part]]:
         rows = x.shape[1]
         middle = rows // 2
         cuts = [slice(rows)]
         if self.aside.threaded and rows > 1:
             cuts = [slice(middle), slice(middle, rows)]
         return [
-            self.aside.each([partial(self._forward, s, x[s, cut]) for cut in cuts])
+            self.aside.each([partial(self._forward, s, x[s, cut], learns) for cut in cuts])
             for s in range(self.copies)
         ]
 
-    def _forward(self, copy: int, pixels: Tensor) -> _Part:
+    def _forward(self, copy: int, pixels: Tensor, learns: bool) -> _Part:
         seen: list[Tensor] = []
         hidden: list[list[Tensor]] = []
-        # To the layout of convolutions while it is bytes that must move.
-        x = pixels.contiguous(memory_format=_LAST).to(self.kernels[copy][0][0].dtype).div_(255.0)
+        # To the layout of convolutions while it is bytes that must move; only the first one's
+        # backward needs it, and the others' forward where there are several images.
+        if learns:
+            pixels = pixels.contiguous(memory_format=_LAST)
+        x = pixels.to(self.kernels[copy][0][0].dtype).div_(255.0)
         for layer, (weight, bias) in zip(self.convolutions, self.kernels[copy], strict=True):
             seen.append(x)
             x = self.activate(torch.conv2d(x, weight, bias, layer.stride, layer.padding))
+            if len(x) > 1:
+                x = x.contiguous(memory_format=_LAST)
         features, outputs = x.flatten(1), []
         for stream in self.weights[copy]:
             x = features

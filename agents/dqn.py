@@ -116,7 +116,7 @@ class DQN:
         on_cpu = torch.device(device).type == "cpu"
         # Flat networks compute too little to share between threads. Plain CNNs share rows.
         plain = Convolved.fits(self.net)
-        aside = Aside(threads > 1 and plain)
+        self.aside = aside = Aside(threads > 1 and plain)
         if threads > 1 and on_cpu and images and not plain:
             torch.set_num_threads(threads)
         self.acting = Acting(self.net) if on_cpu and WrittenOut.fits(self.net) else None  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ class DQN:
         self.online.backward(d_outputs.flatten(-2))
         self.clip()
         self.handle.before_step()
-        self.optimizer.move()
+        self.optimizer.move(beside=self.aside.calls if self.aside.threaded else None)
         self.handle.after_step()
         self.updates += 1
         self.summed += 1

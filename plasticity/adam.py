@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from perennial.plasticity import kernels
-from perennial.plasticity.adam_loops import Loops
+from perennial.plasticity.adam_loops import Beside, Loops
 from perennial.plasticity.aging import Aging
 from perennial.plasticity.flat import flatten
 
@@ -94,15 +95,19 @@ class BatchedAdam(Optimizer):
         """
         self.move(active)
 
-    def move(self, active: Active = None) -> None:
-        """`step` without torch's wrapper, which runs step hooks and costs 14 us a call on CPU."""
+    def move(self, active: Active = None, beside: Beside | None = None) -> None:
+        """`step` without torch's wrapper, which runs step hooks and costs 14 us a call on CPU.
+
+        beside: runs two lists of calls at the same time, for steps in two threads; heeded where
+            `compiled`.
+        """
         copies, mask = self._chosen(active)
         if self.aging is not None and self.compiled:
             self.aging.look_up()
         for group, options in zip(self._groups(), self.param_groups, strict=True):
-            group.step(options, copies, mask, self.aging)
+            group.step(options, copies, mask, self.aging, beside)
 
-    def calls(self, active: Active = None) -> list[Callable[[], None]]:
+    def calls(self, active: Active = None) -> list[partial[None]]:
         """`move` as calls of compiled loops, which need little of the interpreter and may run in a
         thread; only where `compiled`, and without ages."""
         copies, _ = self._chosen(active)
@@ -230,6 +235,7 @@ class _Group:
         copies: tuple[int, ...],
         mask: Tensor | None,
         aging: Aging | None = None,
+        beside: Beside | None = None,
     ) -> None:
         grads = [p.grad for p in self.params]
         present = [index for index, grad in enumerate(grads) if grad is not None]
@@ -237,7 +243,7 @@ class _Group:
             return
         # A compiler fuses the elementwise path itself and cannot trace the kernel over views.
         if mask is None and self.compiled and not torch.compiler.is_compiling():
-            self.loops.step(grads, options, copies, aging)
+            self.loops.step(grads, options, copies, aging, beside)
             return
         self._advance(present, copies, mask)
         if mask is None and self.fused and not torch.compiler.is_compiling():

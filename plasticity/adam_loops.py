@@ -17,6 +17,8 @@ from perennial.plasticity.flat import adjacent, span
 # Ages, factors and table where no unit has an age.
 _NO_AGES = np.zeros((1, 0), np.int32), np.zeros((1, 0)), np.ones(1)
 _NO_COLUMNS = np.zeros(0, np.int64)
+_STEPS = 4  # place of the step counts among what `kernels.adam` is given
+Beside = Callable[[Sequence[Callable[[], Any]], Sequence[Callable[[], Any]]], None]
 
 
 class Loops:
@@ -47,10 +49,22 @@ class Loops:
         options: Mapping[str, Any],
         copies: tuple[int, ...],
         aging: Aging | None,
+        beside: Beside | None = None,
     ) -> None:
-        """Count and make the step, of these copies and of the parameters that have a gradient."""
-        for call in self.calls(grads, options, copies, aging):
-            call()
+        """Count and make the step, of these copies and of the parameters that have a gradient.
+
+        beside: runs two lists of calls at the same time: then each makes half of the step.
+        """
+        calls = self.calls(grads, options, copies, aging)
+        if beside is None:
+            for call in calls:
+                call()
+            return
+        upper = [partial(call.func, *call.args[:-2], 0, 1) for call in calls]
+        lower = [partial(call.func, *call.args[:-2], 1, 2) for call in calls]
+        beside(upper, lower)
+        for run in self._runs:
+            run[_STEPS][:, copies] += 1
 
     def calls(
         self,
@@ -58,7 +72,7 @@ class Loops:
         options: Mapping[str, Any],
         copies: tuple[int, ...],
         aging: Aging | None,
-    ) -> list[Callable[[], None]]:
+    ) -> list[partial[None]]:
         """The step as calls of compiled loops."""
         known = all(a is b for a, b in zip(grads, self._grads, strict=True))
         if not known or aging is not self._aging:
@@ -68,7 +82,7 @@ class Loops:
             self._moving[copies] = np.array(copies, np.int64)
         moving, (beta1, beta2) = self._moving[copies], options["betas"]
         lr, eps, decay = float(options["lr"]), options["eps"], options["weight_decay"]
-        common = moving, lr, beta1, beta2, eps, decay
+        common = moving, lr, beta1, beta2, eps, decay, 0, 2
         return [partial(kernels.adam, *run, *common) for run in self._runs]  # type: ignore[call-arg]
 
     def lay_out(self, grads: list[Tensor | None]) -> None:

@@ -83,6 +83,8 @@ def adam(
     beta2: float,
     eps: float,
     decay: float,
+    low: int,
+    high: int,
 ) -> None:
     """A step of Adam for a run of parameters, in place; where their elements belong to units with
     an age, its size is scaled by f(age) / f(step).
@@ -98,6 +100,8 @@ def adam(
         ages, factors, table: see `scale_by_age`.
         copies: int64, which to move.
         decay: coupled weight decay.
+        low, high: 0 and 2 for all rows. 0 and 1, or 1 and 2, for one half of each parameter's,
+            which does not count the step.
 
     Averages below the smallest normal number become zero: those of a unit that died would otherwise
     fade through subnormal ones, on which processors are a hundred times slower.
@@ -117,8 +121,9 @@ def adam(
     for p in range(parts.shape[0]):
         start, rows, width, first, at = parts[p]
         for c in copies:
-            steps[p, c] += 1
-            step = float(steps[p, c])
+            step = float(steps[p, c]) + 1.0
+            if high - low == 2:
+                steps[p, c] += 1
             rate = number(lr / (1 - beta1**step))
             root = number(1 / math.sqrt(1 - beta2**step))
             oldest = min(int(step), last)
@@ -128,7 +133,7 @@ def adam(
                 if at >= 0 and ages[c, columns[at + i]] < oldest:
                     age[i] = ages[c, columns[at + i]]
                     factor[i] = factors[c, columns[at + i]] / whole
-            for r in range(rows):
+            for r in range(rows * low // 2, rows * high // 2):
                 mine, own = np.int32(oldest), number(1)
                 if first >= 0 and ages[c, first + r] < oldest:
                     mine, own = ages[c, first + r], number(factors[c, first + r] / whole)

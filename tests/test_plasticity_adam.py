@@ -266,3 +266,22 @@ def test_uniform_bounds(init: Init, bound: float) -> None:
     weight = init.draw_weight((40, 50), torch.Generator().manual_seed(0))
     assert weight.abs().max() <= bound
     assert weight.abs().max() >= 0.99 * bound
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_two_halves_of_a_step_are_the_step(copies: int) -> None:
+    params, twins = make_params(copies, torch.float32), make_params(copies, torch.float32)
+    ours, theirs = BatchedAdam(params), BatchedAdam(twins)
+
+    def beside(here, there):  # type: ignore[no-untyped-def]
+        for call in (*there, *here):
+            call()
+
+    for step in range(4):
+        for p, q, g in zip(params, twins, gradients(step, copies, torch.float32), strict=True):
+            p.grad, q.grad = g, g.clone()
+        ours.move([step % copies], beside)
+        theirs.move([step % copies])
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(ours.state[p]["step"], theirs.state[q]["step"])
