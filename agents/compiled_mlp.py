@@ -42,6 +42,7 @@ class CompiledMLP(WrittenOut):
         total = self.layers[0].copies
         self._copies = np.arange(total)[slice(None) if only is None else only]
         self._spaces: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._led: dict[int, list[Tensor]] = {}  # outputs of the layers, `[copies, B, n]`
         self._given = np.zeros((0, 0, 0))
         self._others: np.ndarray | None = None  # gradients of the other thread's rows
 
@@ -70,6 +71,7 @@ class CompiledMLP(WrittenOut):
                 for part in memory
             )
             self.buffers[batch] = outs, spare[:-1]
+            self._led[batch] = [out.view(self.copies, batch, -1) for out in outs]
             self._spaces[batch] = kernels.array(memory[0]), kernels.array(memory[1]), places
         return self.buffers[batch]
 
@@ -78,8 +80,9 @@ class CompiledMLP(WrittenOut):
         later = self.forward_later(x)
         later()
         if record is not None:
-            for layer, h in zip(self.layers, self.hidden, strict=True):
-                record(layer, h[None] if self.copies == 1 else h)
+            led = [x, *self._led[x.shape[1]][:-1]]
+            for layer, h in zip(self.layers, led, strict=True):
+                record(layer, h)
         return later.value  # type: ignore[no-any-return]
 
     def forward_later(
@@ -98,7 +101,7 @@ class CompiledMLP(WrittenOut):
             partial(
                 _forward, self._given, self._weights, self._layers, self._copies, space, places
             ),
-            outs[-1][None] if alone else outs[-1],
+            self._led[x.shape[1]][-1],
         )
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:

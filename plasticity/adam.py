@@ -44,6 +44,7 @@ class BatchedAdam(Optimizer):
     """
 
     _table: list[_Group] | None = None
+    _compiled = False
     aging: Aging | None = None
 
     def __init__(
@@ -120,8 +121,9 @@ class BatchedAdam(Optimizer):
     @property
     def compiled(self) -> bool:
         """Whether steps run in our own loops (kernels.py), as far as known from the last one."""
-        table = self._table or self._groups()
-        return not torch.compiler.is_compiling() and all(group.compiled for group in table)
+        if self._table is None:
+            self._groups()
+        return self._compiled and not torch.compiler.is_compiling()
 
     def prepare(self) -> None:
         """Allocate the state now instead of at the first step: before a CUDA graph, or before
@@ -155,7 +157,7 @@ class BatchedAdam(Optimizer):
         table = self._table
         if table is None or not all(group.current() for group in table):
             table = [_Group(group["params"], self.state) for group in self.param_groups]
-            self._table = table
+            self._table, self._compiled = table, all(group.compiled for group in table)
         return table
 
     def _chosen(self, active: Active) -> tuple[tuple[int, ...], Tensor | None]:

@@ -282,7 +282,8 @@ class Handle:
 
     def _act_after(self) -> None:
         self.clock.tick()
-        self.moments.after_step()
+        if self.moments.holding:
+            self.moments.after_step()
         for intervention in self._after:
             intervention.after_step()
 

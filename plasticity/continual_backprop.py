@@ -126,7 +126,9 @@ class ContinualBackprop(Intervention):
             len(site.consumers) == 1 and site.consumers[0].plain for _, site, _ in self._sites
         )
         self._weights = [site.consumers[0].layer.module.weight for _, site, _ in self._sites]
-        self._places: list[Any] = []
+        # What the loops were laid out for: activations, and where the weights lie.
+        self._raws: list[Tensor | None] = [None] * len(self._sites)
+        self._places: list[int] = []
         self._loops: list[tuple[Any, ...]] = []
         self._everyone = np.arange(copies)
         # Whether 1 - eta^age is 1 to the last bit for every unit that may be replaced.
@@ -199,13 +201,13 @@ class ContinualBackprop(Intervention):
         """The same in compiled loops, where device and memory allow."""
         if torch.compiler.is_compiling():
             return False
-        features = [site.activation for _, site, _ in self._sites]
-        places = [(h.data_ptr(), h.shape, h.stride()) for h in features]
-        places += [w.data_ptr() for w in self._weights]
-        if places != self._places:
+        raws = [site.raw for _, site, _ in self._sites]
+        places = [w.data_ptr() for w in self._weights]
+        if places != self._places or any(a is not b for a, b in zip(raws, self._raws, strict=True)):
+            features = [site.activation for _, site, _ in self._sites]
             if not kernels.ready(*features, *self._weights):
                 return False
-            self._places = places
+            self._raws, self._places = raws, places
             self._loops = [
                 (
                     kernels.array(h),
@@ -313,6 +315,8 @@ class ContinualBackprop(Intervention):
 
     def _select(self, position: int, site: Site, span: slice) -> Selection:
         """The lowest utilities among eligible units; how many, by chance or by account."""
+        if self._places and self._settled and self.count == "bernoulli" and not self.nature:
+            return self._select_in_loops(position, site, span)
         age = self.age[:, span]
         eligible = age > self.maturity
         expected = eligible.sum(-1).double() * self.rate  # [S]
@@ -339,6 +343,19 @@ class ContinualBackprop(Intervention):
         if self.clock.mask is not None:
             chosen = chosen & self.clock.mask.unsqueeze(-1)
         return Selection(position, site, index, chosen)
+
+    def _select_in_loops(self, position: int, site: Site, span: slice) -> Selection:
+        """The same where `_observe_in_loops` serves."""
+        coins = kernels.array(self._stream(_COIN, position + 1).coin())
+        if self.clock.mask is not None:
+            coins = np.where(kernels.array(self.clock.mask), coins, -np.inf)
+        shape = len(coins), self._slots(site)
+        index, chosen = np.empty(shape, np.int64), np.empty(shape, np.bool_)
+        utility, ages = kernels.array(self.utility), kernels.array(self.age)
+        kernels.lowest(
+            utility, ages, span.start, site.n, self.maturity, self.rate, coins, index, chosen
+        )
+        return Selection(position, site, torch.from_numpy(index), torch.from_numpy(chosen))
 
     def _forget(self, selection: Selection, span: slice) -> None:
         """New units have no age, utility or mean."""

@@ -263,6 +263,53 @@ def advance_contribution(
 
 
 @compiled
+def lowest(
+    score: np.ndarray,
+    ages: np.ndarray,
+    start: int,
+    n: int,
+    maturity: int,
+    rate: float,
+    coins: np.ndarray,
+    index: np.ndarray,
+    chosen: np.ndarray,
+) -> None:
+    """Of each copy the units with the lowest scores among those older than `maturity`.
+
+    Args:
+        score, ages: `[S, all units]`, of which these n begin at `start`.
+        coins: float64 `[S]`: `rate` times the eligible units, plus this, rounded down, are chosen.
+        index, chosen: `[S, K]`, int64 and bool, written to: K distinct units, and which of them.
+    """
+    slots = index.shape[1]
+    taken = np.empty(n, np.bool_)
+    for c in range(index.shape[0]):
+        eligible = 0
+        for i in range(n):
+            taken[i] = False
+            if ages[c, start + i] > maturity:
+                eligible += 1
+        count = math.floor(rate * eligible + coins[c])
+        for k in range(slots):
+            best = -1
+            for i in range(n):  # the young ones only where no others are left
+                if taken[i]:
+                    continue
+                old = ages[c, start + i] > maturity
+                if best < 0:
+                    best = i
+                    continue
+                older = ages[c, start + best] > maturity
+                if old != older:
+                    best = i if old else best
+                elif score[c, start + i] < score[c, start + best]:
+                    best = i
+            taken[best] = True
+            index[c, k] = best
+            chosen[c, k] = k < count and ages[c, start + best] > maturity
+
+
+@compiled
 def clear_rows(tensor: np.ndarray, kept: np.ndarray) -> None:
     """Zero the rows of `tensor` `[S, n, m]` where `kept` `[S, n]` is 0."""
     for c in range(kept.shape[0]):

@@ -202,6 +202,11 @@ class Moments:
         if isinstance(self.optimizer, BatchedAdam) and self.optimizer.aging is self._aging:
             self.optimizer.aging = None
 
+    @property
+    def holding(self) -> bool:
+        """Whether `after_step` has something to do."""
+        return bool(self._held)
+
     # ---- around every step ---------------------------------------------------------------------
 
     def before_step(self) -> None:
