@@ -6,8 +6,8 @@ only the ratio of such a pair counts: machines are noisy. Methods are measured l
 many optimizer steps, with units of all the ages that continual backprop leads to in the long run;
 what happens every so many steps is measured by itself and spread over its period.
 
-Exact steps of young units cost more under Adam's usual betas (0.9, 0.999), where a unit is young
-for 6,000 steps, than under (0.99, 0.99), where it is for 600: recycling is measured under both.
+Under Adam's usual betas (0.9, 0.999) a recycled unit takes its own steps for 16,000 updates,
+under (0.99, 0.99) for 1,600: recycling is measured under both.
 """
 
 from __future__ import annotations

@@ -32,8 +32,6 @@ class Clock:
         self.host: list[int] | None = [0] * self.copies
         self.mask: Tensor | None = None
         self.moving: tuple[int, ...] | None = None
-        # The latest answer of `due`, and the same as host integers where the host knows.
-        self.last_due: tuple[Tensor | None, tuple[int, ...]] = (None, ())
         self._blind = False
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
@@ -100,15 +98,11 @@ class Clock:
         None when the host knows that there is none: return early then.
         """
         known = self.known
-        which: tuple[int, ...] = ()
-        if known is not None:
-            which = tuple(copy for copy in self.current() if known[copy] % every == 0)
-            if not which:
-                return None
+        if known is not None and all(known[copy] % every for copy in self.current()):
+            return None
         due = self.updates % every == 0
         if self.mask is not None:
             due = due & self.mask
-        self.last_due = due, which
         return due
 
     def keep(self, new: Tensor, old: Tensor) -> Tensor:

@@ -315,7 +315,8 @@ class ContinualBackprop(Intervention):
 
     def _select(self, position: int, site: Site, span: slice) -> Selection:
         """The lowest utilities among eligible units; how many, by chance or by account."""
-        if self._places and self._settled and self.count == "bernoulli" and not self.nature:
+        plain = self._places and self.count == "bernoulli" and not self.nature
+        if plain and self._settled and not torch.compiler.is_compiling():
             return self._select_in_loops(position, site, span)
         age = self.age[:, span]
         eligible = age > self.maturity

@@ -105,7 +105,7 @@ class HareTortoise(Intervention):
             put(fast, slow, due.copies)
         if self.forgets:
             forget(self._optimizer, parameters_of(self._optimizer), due.copies)
-            self.moments.restart(due.copies, which=due.which)
+            self.moments.restart(due.copies)
         self.events.add_(due.copies)
 
     @contextmanager

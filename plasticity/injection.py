@@ -143,7 +143,6 @@ class PlasticityInjection(Intervention):
                 put(value, new, due.copies)
         parameters = [slot.parameter for slot in (*self._slots, *self._linear)]
         forget(self._optimizer, parameters, due.copies)
-        self.moments.restart(due.copies, which=due.which, whole=False)
         self.events.add_(due.copies)
         # Where the host does not know, it runs all branches: those not used yet are zero.
         self.frozen.used = self.times if self.timing.most is None else self.timing.most

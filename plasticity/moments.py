@@ -22,7 +22,6 @@ eps sqrt(1 - b2^t) at that place); it matters for weights with sqrt(v) near eps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,8 +59,6 @@ class Moments:
         device, copies = units.device, clock.copies
         # When each unit was recycled, in updates; the last entry stands for features without unit.
         self.birth = torch.full((copies, units.total + 1), _NEVER, device=device)
-        # T is at least updates + offset.
-        self.offset = torch.zeros(copies, dtype=torch.int64, device=device)
         self.paces: dict[tuple[float, float], Pace] = {}
         for part in self.parts if self.adam else ():
             part.group = self.group_of[part.parameter]
@@ -73,8 +70,6 @@ class Moments:
         self._held: list[tuple[Part, Tensor]] = []  # weights before the step
         self._stale = False  # the host's copies miss what was compiled or captured
         self._ever = False  # a unit was recycled
-        self.offset.add_(self._known_steps())
-        self.host_offset = self.offset.tolist()
         self.host_birth = [_NEVER] * copies  # of the youngest unit, or later
         # On the CPU births are read where they lie, after each event.
         self._seen = self.birth.numpy() if device.type == "cpu" else None
@@ -86,55 +81,27 @@ class Moments:
             ahead = 1 if isinstance(optimizer, BatchedAdam) else 0
             self._aging = Aging(self.parts, tables, self.birth, clock.updates, ahead)
 
-    def _known_steps(self) -> int:
-        """The fewest steps of any parameter's state now: read once, at attach."""
-        counts = []
-        for part in self.parts:
-            step = self.optimizer.state.get(part.parameter, {}).get("step", 0)
-            counts.append(int(torch.as_tensor(step).min()))
-        return min(counts, default=0)
-
     def tensors(self) -> dict[str, Tensor]:
         """State for checkpoints, the copies axis first."""
-        return {"offset": self.offset, "birth": self.birth}
+        return {"birth": self.birth}
 
     def reload(self) -> None:
         """Host copies after loading."""
-        self.host_offset, self.host_birth = self.offset.tolist(), self.birth.amax(-1).tolist()
+        self.host_birth = self.birth.amax(-1).tolist()
         self._stale = False
         self._ever = False
         if any(birth > _NEVER for birth in self.host_birth):
             self._age()
 
-    def restart(
-        self,
-        copies: Tensor | None = None,
-        *,
-        which: Sequence[int] | None = None,
-        whole: bool = True,
-    ) -> None:
-        """The optimizer's state was reset (T = 0).
-
-        copies: bool `[S]`; None for all.
-        which: the same as host integers, where the caller knows them.
-        whole: of all tensors, so that all units are as old as their tensors again. False for some
-            tensors: the others, and the units in them, keep their age.
-        """
+    def restart(self, copies: Tensor | None = None) -> None:
+        """All state of these copies (bool `[S]`; None: of all) was reset, T = 0: all units are as
+        old as their tensors again. Where some tensors were reset alone nothing need be said: a unit
+        is never older than its tensor, and in the others it keeps its age."""
         if copies is None:
-            copies = torch.ones_like(self.offset, dtype=torch.bool)
-        self.offset.copy_(torch.where(copies, -self.clock.updates, self.offset))
-        if whole:
-            self.birth.masked_fill_(copies.unsqueeze(-1), _NEVER)
-            self._changed = True
-        due, last = self.clock.last_due
-        if which is None and copies is due:
-            which = last
-        if self.clock.known is None or which is None:
-            self.host_offset = [-(2**62)] * len(self.host_offset)  # unknown to the host for now
-            self._stale = True
+            self.birth.fill_(_NEVER)
         else:
-            for copy in which:
-                self.host_offset[copy] = -self.clock.known[copy]
+            self.birth.masked_fill_(copies.unsqueeze(-1), _NEVER)
+        self._changed = True
 
     def recycled(self, selection: Selection, treatment: str = "exact") -> None:
         """Clear what the optimizer remembers about the selected units.

@@ -106,7 +106,8 @@ class Reset(Intervention):
         restore_statistics(self.units.model, self._slots, due.copies, targets)
         if self.forgets:
             forget(self._optimizer, [slot.parameter for slot in self._slots], due.copies)
-            self.moments.restart(due.copies, which=due.which, whole=self._whole)
+            if self._whole:
+                self.moments.restart(due.copies)
         for method in self.company if self._whole else ():
             method._restarted(due.copies)
         self.events.add_(due.copies)
@@ -189,7 +190,6 @@ class HeadReset(Intervention):
                 put(value, slot.lead, due.copies)
         if self.forgets:
             forget(self._optimizer, [slot.parameter for slot in self._slots], due.copies)
-            self.moments.restart(due.copies, which=due.which, whole=False)
         self.events.add_(due.copies)
 
 
@@ -254,7 +254,7 @@ class OptimizerReset(Intervention):
     def _reset(self, due: Due) -> None:
         parameters = parameters_of(self._optimizer)
         forget(self._optimizer, parameters, due.copies, averages=self.averages)
-        self.moments.restart(due.copies, which=due.which)
+        self.moments.restart(due.copies)
         self.events.add_(due.copies)
 
 

@@ -131,10 +131,9 @@ class ShrinkPerturb(Intervention):
                 put(value, slot.lead, due.copies)
         if self.forgets:
             forget(self._optimizer, parameters_of(self._optimizer), due.copies)
-            self.moments.restart(due.copies, which=due.which)
+            self.moments.restart(due.copies)
         elif self._heads:
             forget(self._optimizer, [slot.parameter for slot in self._heads], due.copies)
-            self.moments.restart(due.copies, which=due.which, whole=False)
         self.events.add_(due.copies)
 
     def _mix(self, due: Due, stream: Stream) -> None:
