@@ -1,16 +1,20 @@
 """The written-out passes and gradients against autograd, loop against batch."""
 
+import threading
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 from perennial.agents.aside import Aside
+from perennial.agents.blas import product
+from perennial.agents.compiled_mlp import CompiledMLP
 from perennial.agents.distributions import Categorical, Gaussian, surrogate_losses, value_gradient
 from perennial.agents.networks import MLP, Autograd, WrittenOut
 from perennial.agents.passes import passes
 from perennial.agents.streams import Streams, torch_generator
-from perennial.plasticity import find_units
+from perennial.plasticity import find_units, kernels
 from perennial.plasticity.copies import Init
 
 
@@ -91,6 +95,65 @@ def test_passes_of_some_copies_serve_them_alone():
         part.backward(gradient[only])
     for p, grad in zip(net.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-12)
+
+
+def test_a_network_is_served_by_loops_where_they_can_and_else_by_tensors(monkeypatch):
+    assert type(passes(network([0]))) is CompiledMLP
+    assert type(passes(network([0], "tanh"))) is WrittenOut
+    assert type(passes(network([0]).half())) is WrittenOut
+    found = []
+    for loops in (True, False):
+        if not loops:
+            monkeypatch.setattr(kernels, "ready", lambda *_: False)
+        net = network([0, 1])
+        served = passes(net)
+        assert isinstance(served, CompiledMLP) == loops
+        torch.manual_seed(0)
+        out = served.forward(torch.randn(2, 9, 5).double()).clone()
+        gradient = torch.randn(2, 9, 3).double()
+        served.backward(gradient)
+        found.append([out, *(p.grad.clone() for p in net.parameters())])
+        served.forward(torch.randn(2, 9, 5).double())
+        found[-1].append(served.input_gradient(gradient, 2))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@kernels.compiled
+def _products(a, b, out, turn_a, turn_b):
+    product(a, b, out, turn_a, turn_b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products_inside_loops_equal_numpy(dtype):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(4, 6)).astype(dtype), rng.normal(size=(6, 9)).astype(dtype)
+    for turn_a in (False, True):
+        for turn_b in (False, True):
+            out = np.full((4, 9), np.nan, dtype)
+            left = np.ascontiguousarray(a.T) if turn_a else a
+            right = np.ascontiguousarray(b.T) if turn_b else b
+            _products(left, right, out, turn_a, turn_b)
+            np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+    wide = rng.normal(size=(6, 20)).astype(dtype)  # rows apart in memory
+    out = np.empty((4, 9), dtype)
+    _products(a, wide[:, 11:], out, False, False)
+    np.testing.assert_allclose(out, a @ wide[:, 11:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_errors_of_either_thread_arrive_and_the_next_pair_works(threaded):
+    aside = Aside(threaded)
+
+    def fails():
+        raise ValueError("on purpose")
+
+    for here, there in ((fails, int), (int, fails)):
+        with pytest.raises(ValueError, match="on purpose"):
+            aside.pair(here, there)
+    assert aside.pair(lambda: 1, lambda: threading.current_thread().name)[0] == 1
+    name = aside.pair(int, lambda: threading.current_thread().name)[1]
+    assert (name == "aside") == threaded
 
 
 def test_other_networks_use_autograd():
