@@ -134,11 +134,11 @@ def test_products_inside_loops_equal_numpy(dtype):
             left = np.ascontiguousarray(a.T) if turn_a else a
             right = np.ascontiguousarray(b.T) if turn_b else b
             _products(left, right, out, turn_a, turn_b)
-            np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+            np.testing.assert_allclose(out, a @ b, rtol=1e-4, atol=1e-6)
     wide = rng.normal(size=(6, 20)).astype(dtype)  # rows apart in memory
     out = np.empty((4, 9), dtype)
     _products(a, wide[:, 11:], out, False, False)
-    np.testing.assert_allclose(out, a @ wide[:, 11:], rtol=1e-5)
+    np.testing.assert_allclose(out, a @ wide[:, 11:], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("threaded", [False, True])
