@@ -3,6 +3,9 @@
 torch's wheels for Linux on x86 hold MKL and export its Fortran names; elsewhere SciPy, where it is
 installed, has the same functions. Measured at 256 x 256 x 256 in float32: MKL 1.2 times OpenBLAS.
 `ready` says whether there are any.
+
+numba keeps compiled loops on disk until the file they stand in changes: with this file, change
+compiled_mlp.py too.
 """
 
 from __future__ import annotations
