@@ -170,7 +170,8 @@ def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-unty
                 for r in range(batch):
                     row = out[r]
                     for i in range(n_out):
-                        row[i] = max(row[i] + bias[i], row.dtype.type(0))
+                        value = row[i] + bias[i]  # what is no number stays none
+                        row[i] = row.dtype.type(0) if value <= 0 else value
             h = out
 
 
@@ -206,7 +207,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 for r in range(rows):
                     row, active = d[r], h[r]
                     for i in range(n_in):
-                        row[i] = row[i] if active[i] > 0 else row.dtype.type(0)
+                        row[i] = row.dtype.type(0) if active[i] <= 0 else row[i]
                 g = d
 
 
@@ -234,7 +235,7 @@ def _input_gradient(gradient, weights, layers, copies, space, spare, places, fou
                 at = begin + rows[r] * n_in
                 row, active = d[r], space[at : at + n_in]
                 for i in range(n_in):
-                    row[i] = row[i] if active[i] > 0 else row.dtype.type(0)
+                    row[i] = row.dtype.type(0) if active[i] <= 0 else row[i]
             g = d
         w, _, n_in, n_out = layers[0]
         w += copies[j] * n_in * n_out

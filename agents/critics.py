@@ -254,13 +254,19 @@ def _twice(pairs: Tensor, cut: slice) -> Tensor:
 
 
 @kernels.compiled
+def _smaller(a, b):  # type: ignore[no-untyped-def]
+    """No number where either is none."""
+    return a if a <= b or a != a else b
+
+
+@kernels.compiled
 def _twin_errors(outputs, future, rewards, discounts, gradient, losses):  # type: ignore[no-untyped-def]
     """`TwinCritics._errors` of values themselves into the last two."""
     batch = rewards.shape[1]
     for c in range(len(losses)):
         total = 0.0
         for r in range(batch):
-            ahead = min(future[c, 0, r, 0], future[c, 1, r, 0])
+            ahead = _smaller(future[c, 0, r, 0], future[c, 1, r, 0])
             goal = rewards[c, r] + discounts[c, r] * ahead
             for i in range(2):
                 error = outputs[c, i, r, 0] - goal
@@ -278,5 +284,5 @@ def _lesser(outputs, low, gradient):  # type: ignore[no-untyped-def]
             share = 0.5
             if first != second:
                 share = 1.0 if first < second else 0.0
-            low[c, r] = min(first, second)
+            low[c, r] = _smaller(first, second)
             gradient[c, 0, r, 0], gradient[c, 1, r, 0] = share, 1.0 - share

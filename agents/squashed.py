@@ -100,7 +100,7 @@ def _sample(output, noise, actions, stretched, inside, log_prob):  # type: ignor
             total = 0.0  # in double precision: no slower here
             for i in range(size):
                 raw, draw = float(output[c, r, size + i]), float(noise[c, r, i])
-                log_std = min(max(raw, _LOW), _HIGH)
+                log_std = _LOW if raw < _LOW else _HIGH if raw > _HIGH else raw
                 step = math.exp(log_std) * draw
                 before = output[c, r, i] + step
                 ratio = math.exp(-2.0 * abs(before))  # a third of what tanh takes

@@ -57,9 +57,9 @@ def _step_by_age(  # type: ignore[no-untyped-def]
     for i in range(w.size):
         slope = g[i] + decay * w[i]
         mean = m[i] + (slope - m[i]) * new1
-        mean = mean if abs(mean) >= tiny else zero
+        mean = zero if abs(mean) < tiny else mean  # this way round, what is no number stays none
         square = v[i] * keep2 + slope * slope * new2
-        square = square if square >= tiny else zero
+        square = zero if square < tiny else square
         m[i], v[i] = mean, square
         scale = factors[i] if ages[i] < age else factor
         w[i] -= scale * (rate * (mean / (math.sqrt(square) * root + eps)))

@@ -119,6 +119,20 @@ def test_a_network_is_served_by_loops_where_they_can_and_else_by_tensors(monkeyp
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_what_is_no_number_goes_through_loops_as_through_tensors():
+    found = []
+    for kind in (CompiledMLP, WrittenOut):
+        served = kind(network([0]))
+        x = torch.linspace(-1, 1, 20, dtype=torch.float64).view(1, 4, 5).clone()
+        x[0, 1, 2] = torch.nan
+        out = served.forward(x).clone()
+        served.backward(torch.ones_like(out))
+        found.append([out, *(p.grad for p in served.layers[0].parameters())])
+    assert found[0][0].isnan().any() and found[0][1].isnan().any()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
 @kernels.compiled
 def _products(a, b, out, turn_a, turn_b):
     product(a, b, out, turn_a, turn_b)

@@ -105,6 +105,22 @@ def test_averages_of_what_gets_no_gradient_any_more_end_at_zero() -> None:
     assert faded > 0 and state["exp_avg"].eq(0).all() and state["exp_avg_sq"].gt(0).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(bad: float) -> None:
+    """A gradient that broke breaks the same weights as under torch's Adam."""
+    params, twins = make_params(1, torch.float32), make_params(1, torch.float32)
+    ours, theirs = BatchedAdam(params), torch.optim.Adam(twins)
+    for _ in range(2):
+        for p, q, g in zip(params, twins, gradients(0, 1, torch.float32), strict=True):
+            g.view(-1)[0] = bad
+            p.grad, q.grad = g, g.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(params, twins, strict=True):
+        assert not p.isfinite().all()
+        assert torch.equal(p.isfinite(), q.isfinite())
+
+
 def test_gradients_that_stay_stand_side_by_side_and_step_the_same() -> None:
     params, twins = make_params(2, torch.float64), make_params(2, torch.float64)
     ours, theirs = BatchedAdam(params), BatchedAdam(twins)
