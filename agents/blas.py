@@ -60,7 +60,7 @@ ready = bool(_GEMM)
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, turn_a: bool, turn_b: bool) -> None:
     """`out = a @ b` of matrices whose rows are contiguous, each transposed where asked; only inside
     compiled loops."""
-    raise NotImplementedError
+    raise TypeError("product is for compiled loops; elsewhere take `a @ b`")
 
 
 if ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -86,24 +87,24 @@ def gradient_of(parameter: Tensor | None) -> Tensor:
     return parameter.grad
 
 
-class Training:
+class Training(ABC):
     """Training passes of a network. Those that are made `later` are asked for in the order in which
     they will be made."""
 
+    @abstractmethod
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
         """Output [S, B, n_out] of inputs [S, B, n_in]; `record` is told of each layer's inputs.
 
         `wants_input`: `input_gradient` will be asked for, in place of `backward`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
         """Write the gradients of sum(output * gradient) into every parameter's .grad."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
         """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart."""
-        raise NotImplementedError
 
     def forward_later(
         self, x: Tensor, record: Record | None = None, wants_input: bool = False
