@@ -20,6 +20,9 @@ try:
     import numba
 except ImportError:  # pragma: no cover - no wheel for this Python yet
     numba = None  # type: ignore[assignment]
+else:
+    if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: loops would run in the interpreter
+        numba = None  # type: ignore[assignment]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TYPES = (torch.float32, torch.float64)

@@ -83,11 +83,14 @@ def test_what_the_loops_do_not_take() -> None:
     assert not kernels.ready(weight.to("meta"))
 
 
-def test_everything_works_without_numba() -> None:
-    """Where it has no wheel: the same in tensor operations."""
+@pytest.mark.parametrize(
+    "first",
+    ["import sys; sys.modules['numba'] = None", "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'"],
+    ids=["no wheel", "switched off"],
+)
+def test_everything_works_without_numba(first: str) -> None:
+    """The same in tensor operations."""
     program = """
-import sys
-sys.modules["numba"] = None
 from perennial.plasticity import kernels
 from tests.plasticity_cases import Run, batches
 import torch
@@ -97,5 +100,5 @@ run = Run(["cbp:rate=0.05,maturity=4"], (0, 1), torch.float32).train(data)
 assert all(p.isfinite().all() for p in run.net.parameters())
 assert run.handle.counts()["cbp"].gt(0).all()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", first + program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
