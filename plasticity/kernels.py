@@ -21,7 +21,8 @@ try:
 except ImportError:  # pragma: no cover - no wheel for this Python yet
     numba = None  # type: ignore[assignment]
 else:
-    if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: loops would run in the interpreter
+    # NUMBA_DISABLE_JIT=1: loops would run in the interpreter.
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         numba = None  # type: ignore[assignment]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
