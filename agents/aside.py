@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+# A computation on memory that is laid out: it reads what lies there when it is called.
+Step = Callable[[], Any]
 
 
-class Later:
-    """A computation whose arguments are laid out already.
+def in_turn(steps: Sequence[Step]) -> Step:
+    """One step of several."""
 
-    run: does it; what it returns, if anything, is the `value`.
-    value: known beforehand where `run` writes into memory.
-    """
+    def run() -> None:
+        for step in steps:
+            step()
 
-    def __init__(self, run: Callable[[], Any], value: Any = None):
-        self.run, self.value = run, value
-
-    def __call__(self) -> None:
-        found = self.run()
-        if found is not None:
-            self.value = found
+    return run
 
 
 class _Helper:
@@ -89,25 +86,18 @@ class Aside:
             raise error
         return mine, theirs
 
-    def calls(self, here: Sequence[Callable[[], Any]], there: Sequence[Callable[[], Any]]) -> None:
-        """Two lists of calls."""
-        self.run([Later(call) for call in here], [Later(call) for call in there])
+    def beside(self, *jobs: Sequence[Step]) -> Step:
+        """One step of one or two lists of steps, the lists at the same time.
 
-    def run(self, *jobs: Sequence[Later]) -> None:
-        """One or two jobs of several computations each.
-
-        What is laid out beforehand does not wait for the interpreter, which threads have to share.
+        Steps that are laid out beforehand wait little for the interpreter, which threads share.
         """
-
-        def work(job: Sequence[Later]) -> None:
-            for later in job:
-                later()
-
         if len(jobs) == 2:
-            self.pair(lambda: work(jobs[0]), lambda: work(jobs[1]))
-        else:
-            for job in jobs:
-                work(job)
+            return partial(self.pair, *map(in_turn, jobs))
+        return in_turn([step for job in jobs for step in job])
+
+    def calls(self, here: Sequence[Step], there: Sequence[Step]) -> None:
+        """Two lists of steps at the same time."""
+        self.beside(here, there)()
 
     def each(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Results of one or two jobs."""

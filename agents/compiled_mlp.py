@@ -9,12 +9,14 @@ begin.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from perennial.agents import blas
-from perennial.agents.aside import Aside, Later
+from perennial.agents.aside import Aside, Step, in_turn
 from perennial.agents.blas import product
 from perennial.agents.networks import MLP, Record, WrittenOut
 from perennial.plasticity import kernels
@@ -39,11 +41,9 @@ class CompiledMLP(WrittenOut):
             starts = (t.storage_offset() - begin for t in (layer.weight, layer.bias))
             table.append((*starts, *layer.weight.shape[:0:-1]))
         self._layers = np.array(table, np.int64)
-        total = self.layers[0].copies
-        self._copies = np.arange(total)[slice(None) if only is None else only]
-        self._spaces: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._led: dict[int, list[Tensor]] = {}  # outputs of the layers, `[copies, B, n]`
-        self._given = np.zeros((0, 0, 0))
+        self._copies = np.arange(self.layers[0].copies)[self.only]
+        self._spaces: dict[int, _Space] = {}
+        self._given = np.zeros((0, 0, 0)), self._copies  # inputs, and which are each copy's
         self._others: np.ndarray | None = None  # gradients of the other thread's rows
 
     @staticmethod
@@ -56,101 +56,120 @@ class CompiledMLP(WrittenOut):
             and kernels.ready(*net.parameters())
         )
 
-    def _space(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and spare gradients of the layers, `[copies, B, n]` or `[B, n]`."""
-        if batch not in self.buffers:
+    def _at(self, batch: int) -> _Space:
+        if batch not in self._spaces:
             widths = [int(n) for n in self._layers[:, 3]]
             places = np.cumsum([0, *widths]) * self.copies * batch
             memory = self.parts[0][0].new_empty(2, int(places[-1]))
-            lead = (batch,) if self.copies == 1 else (self.copies, batch)
-            outs, spare = (
-                [
-                    part[a:b].view(*lead, n)
-                    for a, b, n in zip(places, places[1:], widths, strict=False)
-                ]
-                for part in memory
-            )
-            self.buffers[batch] = outs, spare[:-1]
-            self._led[batch] = [out.view(self.copies, batch, -1) for out in outs]
-            self._spaces[batch] = kernels.array(memory[0]), kernels.array(memory[1]), places
-        return self.buffers[batch]
+            outs = [
+                memory[0, a:b].view(self.copies, batch, n)
+                for a, b, n in zip(places, places[1:], widths, strict=False)
+            ]
+            activations, spare = map(kernels.array, memory)
+            self._spaces[batch] = _Space(outs, activations, spare, places)
+        return self._spaces[batch]
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
         """As `WrittenOut.forward`."""
-        later = self.forward_later(x)
-        later()
-        if record is not None:
-            led = [x, *self._led[x.shape[1]][:-1]]
-            for layer, h in zip(self.layers, led, strict=True):
-                record(layer, h)
-        return later.value  # type: ignore[no-any-return]
+        out = self._at(x.shape[1]).outs[-1]
+        self._forward(x.contiguous(), np.arange(self.copies), out, record)()
+        return out
 
     def forward_later(
-        self, x: Tensor, record: Record | None = None, wants_input: bool = False
-    ) -> Later:
-        """`forward`."""
-        if record is not None:
-            return super().forward_later(x, record, wants_input)
-        outs, _ = self._space(x.shape[1])
-        x = x.contiguous()
-        self._given = kernels.array(x)
-        space, _, places = self._spaces[x.shape[1]]
-        alone = self.copies == 1
-        self.hidden = [x[0] if alone else x, *outs[:-1]]
-        return Later(
-            partial(
-                _forward, self._given, self._weights, self._layers, self._copies, space, places
-            ),
-            self._led[x.shape[1]][-1],
-        )
+        self, x: Tensor, out: Tensor, record: Record | None = None, wants_input: bool = False
+    ) -> Step:
+        """`forward` into `out`."""
+        sources = self._copies * len(x) // len(out)
+        return self._forward(x, sources, out[self.only], record)
+
+    def _forward(self, x: Tensor, sources: np.ndarray, out: Tensor, record: Record | None) -> Step:
+        """Of x [S', B, n], of which `sources` [k] are the copies' own."""
+        space = self._at(x.shape[1])
+        self._given = kernels.array(x), sources
+        given = *self._given, self._weights, self._layers, self._copies
+        run = partial(_forward, *given, space.activations, space.places, kernels.array(out))
+        if record is None:
+            return run
+
+        each = np.array_equal(sources, np.arange(len(x)))
+
+        def recorded() -> None:
+            run()
+            seen = [x if each else x[torch.from_numpy(sources)], *space.outs[:-1]]
+            for layer, h in zip(self.layers, seen, strict=True):
+                record(layer, h)
+
+        return recorded
 
     def backward(self, gradient: Tensor, aside: Aside | None = None) -> None:
         """As `WrittenOut.backward`; with a second thread, each takes half of the rows."""
+        self._backward(gradient.contiguous(), aside)()
+
+    def backward_later(self, gradient: Tensor, aside: Aside | None = None) -> Step:
+        """`backward`."""
+        return self._backward(gradient[self.only], aside)
+
+    def _backward(self, gradient: Tensor, aside: Aside | None) -> Step:
+        batch = gradient.shape[1]
         if aside is None or not aside.threaded:
-            self.backward_later(gradient)()
-            return
+            return self._rows(gradient, 0, batch, self._slopes)
         if self._others is None:
             self._others = np.zeros_like(self._slopes)
-        half = gradient.shape[1] // 2
-        upper = self._rows(gradient, 0, half, self._slopes)
-        aside.run([upper], [self._rows(gradient, half, gradient.shape[1], self._others)])
-        self._slopes += self._others
+        upper = self._rows(gradient, 0, batch // 2, self._slopes)
+        lower = self._rows(gradient, batch // 2, batch, self._others)
+        return in_turn([aside.beside([upper], [lower]), partial(_add, self._slopes, self._others)])
 
-    def backward_later(self, gradient: Tensor) -> Later:
-        """`backward`."""
-        return self._rows(gradient, 0, gradient.shape[1], self._slopes)
-
-    def _rows(self, gradient: Tensor, low: int, high: int, slopes: np.ndarray) -> Later:
+    def _rows(self, gradient: Tensor, low: int, high: int, slopes: np.ndarray) -> Step:
         """The gradients of some rows alone, into `slopes`."""
-        slope = kernels.array(gradient.contiguous())
-        given = slope, self._given, self._weights, slopes, self._layers, self._copies
-        return Later(partial(_backward, *given, *self._spaces[gradient.shape[1]], low, high))
+        space = self._at(gradient.shape[1])
+        given = kernels.array(gradient), *self._given, self._weights, slopes
+        memory = space.activations, space.spare, space.places
+        return partial(_backward, *given, self._layers, self._copies, *memory, low, high)
 
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
         """As `WrittenOut.input_gradient`: rows of which no gradient is asked are left out."""
-        later = self.input_gradient_later(gradient, last)
-        later()
-        return later.value  # type: ignore[no-any-return]
+        found = gradient.new_empty(*gradient.shape[:2], last)
+        self._input_gradient(gradient.contiguous(), found)()
+        return found
 
-    def input_gradient_later(self, gradient: Tensor, last: int) -> Later:
-        """`input_gradient`."""
-        found = gradient.new_zeros(*gradient.shape[:2], last)
-        given = kernels.array(gradient.contiguous()), self._weights, self._layers, self._copies
-        memory = *self._spaces[gradient.shape[1]], kernels.array(found)
-        return Later(partial(_input_gradient, *given, *memory), found)
+    def input_gradient_later(self, gradient: Tensor, out: Tensor) -> Step:
+        """`input_gradient` into `out`."""
+        return self._input_gradient(gradient[self.only], out[self.only])
+
+    def _input_gradient(self, gradient: Tensor, out: Tensor) -> Step:
+        space = self._at(gradient.shape[1])
+        given = kernels.array(gradient), self._weights, self._layers, self._copies
+        memory = space.activations, space.spare, space.places
+        return partial(_input_gradient, *given, *memory, kernels.array(out))
+
+
+class _Space(NamedTuple):
+    """Memory of one batch size."""
+
+    outs: list[Tensor]  # of each layer [k, B, n], after its activation
+    activations: np.ndarray  # the same, one after the other
+    spare: np.ndarray  # gradients by them
+    places: np.ndarray  # where each layer's begin, int64 [L + 1]
 
 
 @kernels.compiled
-def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-untyped-def]
-    """Outputs of all layers into `space`.
+def _add(total, more):  # type: ignore[no-untyped-def]
+    for i in range(total.size):
+        total[i] += more[i]
 
-    x: [k, B, n]; weights: all layers', those of a layer [S, out, in], then [S, out]; layers: of
-    each where weights and biases begin, inputs, outputs, int64 [L, 4]; copies: which of the S,
-    int64 [k]; places: where each layer's outputs [k, B, out] begin, int64 [L + 1].
+
+@kernels.compiled
+def _forward(x, sources, weights, layers, copies, space, places, last):  # type: ignore[no-untyped-def]
+    """Outputs of the hidden layers into `space`, of the last into `last` [k, B, m].
+
+    x: [S', B, n], of which `sources` [k] are the copies' own; weights: all layers', those of a
+    layer [S, out, in], then [S, out]; layers: of each where weights and biases begin, inputs,
+    outputs, int64 [L, 4]; copies: which of the S, int64 [k]; places: where each layer's outputs
+    [k, B, out] begin, int64 [L + 1].
     """
     batch = x.shape[1]
     for j in range(copies.size):
-        h = x[j]
+        h = x[sources[j]]
         for k in range(layers.shape[0]):
             w, b, n_in, n_out = layers[k]
             w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
@@ -159,7 +178,9 @@ def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-unty
                 weights[w : w + n_in * n_out].reshape(n_out, n_in),
                 weights[b : b + n_out],
             )
-            out = space[begin : begin + batch * n_out].reshape(batch, n_out)
+            out = last[j]
+            if k < layers.shape[0] - 1:
+                out = space[begin : begin + batch * n_out].reshape(batch, n_out)
             product(h, weight, out, False, True)
             if k == layers.shape[0] - 1:
                 for r in range(batch):
@@ -177,7 +198,7 @@ def _forward(x, weights, layers, copies, space, places):  # type: ignore[no-unty
 
 @kernels.compiled
 def _backward(  # type: ignore[no-untyped-def]
-    gradient, x, weights, slopes, layers, copies, space, spare, places, low, high
+    gradient, x, sources, weights, slopes, layers, copies, space, spare, places, low, high
 ):
     """Gradients of all layers by the rows `low` to `high`, into `slopes`, which is laid out as
     `weights`; those by a layer's outputs into `spare`, laid out as `space`.
@@ -190,7 +211,7 @@ def _backward(  # type: ignore[no-untyped-def]
         for k in range(layers.shape[0] - 1, -1, -1):
             w, b, n_in, n_out = layers[k]
             w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
-            begin, h = 0, x[j, low:high]
+            begin, h = 0, x[sources[j], low:high]
             if k > 0:
                 begin = places[k - 1] + (j * batch + low) * n_in
                 h = space[begin : begin + rows * n_in].reshape(rows, n_in)
@@ -215,6 +236,7 @@ def _backward(  # type: ignore[no-untyped-def]
 def _input_gradient(gradient, weights, layers, copies, space, spare, places, found):  # type: ignore[no-untyped-def]
     """Gradient by the last inputs into `found` [k, B, last], of rows that have one; else zero."""
     batch, last = found.shape[1], found.shape[2]
+    found[:] = 0
     rows = np.empty(batch, np.int64)
     for j in range(copies.size):
         count = 0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy as copying
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perennial.agents.aside import Aside, Later
+from perennial.agents.aside import Aside, Step, in_turn
 from perennial.agents.config import SACConfig
-from perennial.agents.networks import MLP, WrittenOut
+from perennial.agents.networks import MLP, WrittenOut, spread
 from perennial.agents.passes import Passes, passes
+from perennial.agents.replay import Sample
 from perennial.agents.streams import torch_generator
 from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, kernels, make, metrics, values
@@ -21,8 +22,56 @@ from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
 from perennial.plasticity.copies import Init
 from perennial.plasticity.flat import together
+from perennial.plasticity.kernels import array
 
 TWINS = 2
+
+
+class Soft(NamedTuple):
+    """What targets are made of, beside the values ahead."""
+
+    rewards: Tensor  # [S, B]
+    discounts: Tensor  # [S, B]
+    ent_coef: Tensor  # [S]
+    log_prob: Tensor  # [S, B], of the next actions
+
+
+class Inputs(NamedTuple):
+    """Where an update finds a sample and its noise; what actions follow is filled in by it."""
+
+    observations: Tensor  # [S, B, D]
+    next_observations: Tensor
+    noise: Tensor  # [S, B, A], of the actor on either
+    next_noise: Tensor
+    taken: Tensor  # [S, B, D + A]: observations with the actions of the sample,
+    here: Tensor  # with the actor's,
+    ahead: Tensor  # and the next observations with the actor's
+    rewards: Tensor  # [S, B]
+    discounts: Tensor
+
+    @classmethod
+    def of(cls, new: Callable[..., Tensor], batch: int, n_obs: int, n_act: int) -> Inputs:
+        """Memory by `new`, which takes all but the leading S."""
+        last = [(n_obs,)] * 2 + [(n_act,)] * 2 + [(n_obs + n_act,)] * 3 + [()] * 2
+        return cls(*(new(batch, *sizes) for sizes in last))
+
+    def fill(self, sample: Sample, noise: Tensor) -> None:
+        """With a sample and noise [S, 2, B, A]."""
+        observations, actions, rewards, discounts, following = map(torch.from_numpy, sample[:5])
+        n = observations.shape[-1]
+        for target, source in (
+            (self.observations, observations),
+            (self.next_observations, following),
+            (self.noise, noise[:, 0]),
+            (self.next_noise, noise[:, 1]),
+            (self.taken[..., :n], observations),
+            (self.taken[..., n:], actions),
+            (self.here[..., :n], observations),
+            (self.ahead[..., :n], following),
+            (self.rewards, rewards),
+            (self.discounts, discounts),
+        ):
+            target.copy_(source)
 
 
 class TwinCritics:
@@ -66,111 +115,90 @@ class TwinCritics:
             [slice(0, middle), slice(middle, copies)] if self.aside.threaded else [slice(None)]
         )
         self.online, self.delayed = self._passes(self.net), self._passes(self.targets, False)
-        self.memories = _memory(self.targets), _memory(self.net)
 
     def _passes(self, net: MLP, learns: bool = True) -> list[Passes]:
         if len(self.cuts) == 1:
             return [passes(net, learns)]
         return [passes(net, learns, cut) for cut in self.cuts]
 
-    def look(
-        self, now: tuple[Tensor, Tensor], following: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs [S, 2, B, m] `now`, from which `learn` goes on, and the targets' of `following`.
+    # ---- an update, laid out once: steps on memory of the whole network --------------------------
 
-        Each on observations [S, B, D] and actions [S, B, A].
+    def look_later(self, pairs: Tensor, outputs: Tensor, ahead: Tensor, future: Tensor) -> Step:
+        """Outputs of `pairs`, from which `learn_later` goes on, and the targets' of `ahead`.
+
+        Inputs [S, B, D + A] are observations and actions; outputs are [S, 2, B, m].
         """
-        pairs, ahead = torch.cat(now, -1), torch.cat(following, -1)
-        record = self.units.record if self.handle.observes and len(self.cuts) == 1 else None
-        jobs = [
-            (q.forward_later(_twice(ahead, cut)), p.forward_later(_twice(pairs, cut), record))
-            for p, q, cut in zip(self.online, self.delayed, self.cuts, strict=True)
-        ]
-        self.aside.run(*jobs)
-        if self.handle.observes and record is None:
-            self._record()
-        future, outputs = (_values(halves) for halves in zip(*jobs, strict=True))
-        return outputs, future
+        seen: list[dict[nn.Module, Tensor]] = [{} for _ in self.cuts]
 
-    def _record(self) -> None:
-        """Tell the methods of both halves' activations."""
-        halves = [p for p in self.online if isinstance(p, WrittenOut)]
-        for k, layer in enumerate(halves[0].layers):
-            inputs = [p.hidden[k] for p in halves]
-            led = [x if x.ndim == 3 else x[None] for x in inputs]
-            self.units.record(layer, torch.cat(led))
+        def record() -> None:
+            for layer, h in seen[0].items():
+                parts = [part[layer] for part in seen]
+                self.units.record(layer, h if len(parts) == 1 else torch.cat(parts))
 
-    def learn(
-        self,
-        outputs: Tensor,
-        future: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        ahead: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """One step towards `rewards + discounts * the smaller of the targets' next values`: losses
-        [S], half the sum over the twins, and outputs [S, 2, B, m] after it on observations and
-        actions `ahead`, of which `action_gradient` will be asked for.
+        jobs = []
+        for late, part, noted in zip(self.delayed, self.online, seen, strict=True):
+            note = noted.__setitem__ if self.handle.observes else None
+            jobs.append(
+                [
+                    late.forward_later(ahead, future.flatten(0, 1)),
+                    part.forward_later(pairs, outputs.flatten(0, 1), note),
+                ]
+            )
+        return in_turn([self.aside.beside(*jobs), record])
 
-        outputs, future [S, 2, B, m]: what `look` returned; rewards, discounts [S, B].
-        """
-        loss, gradient = self._errors(outputs, future, rewards, discounts)
-        flat = gradient.flatten(0, 1)
-        pairs = torch.cat(ahead, -1)
-        backward = self._each(lambda part, cut: part.backward_later(flat[cut]))
-        evaluate = self._each(lambda part, cut: part.forward_later(_twice(pairs, cut), None, True))
+    def errors_later(
+        self, outputs: Tensor, future: Tensor, soft: Soft, loss: Tensor, gradient: Tensor
+    ) -> Step:
+        """Losses [S], half the sum over the twins, and their gradient [S, 2, B, m] by `outputs`, on
+        `rewards + discounts * (the smaller of future - ent_coef * log_prob)`."""
+        given = outputs, future, *soft
+        if isinstance(self.codec, values.MSE) and kernels.ready(*given):
+            return partial(_twin_errors, *map(array, (*given, loss, gradient)))
+
+        def run() -> None:
+            worth = soft.rewards - soft.discounts * soft.ent_coef[:, None] * soft.log_prob
+            lesser = self.codec.smallest(future, dim=1)
+            goal = self.codec.backup(lesser, worth, soft.discounts)
+            found, slope = self.codec.loss(outputs, goal[:, None])
+            loss.copy_(0.5 * found.mean(-1).sum(1))
+            gradient.copy_(slope * (0.5 / found.shape[-1]))
+
+        return run
+
+    def learn_later(self, gradient: Tensor, pairs: Tensor, outputs: Tensor) -> Step:
+        """One step by the gradient [S, 2, B, m] of what was looked at; then outputs [S, 2, B, m] of
+        `pairs` [S, B, D + A], of which `action_gradient_later` will be asked for."""
+        flat, out = gradient.flatten(0, 1), outputs.flatten(0, 1)
+        backward = [part.backward_later(flat) for part in self.online]
+        evaluate = [part.forward_later(pairs, out, None, True) for part in self.online]
         # Methods act on both halves at once, between their gradients and what comes after.
         if len(self.cuts) > 1 and not self.handle.interventions and self.optimizer.compiled:
-            steps = [self.optimizer.calls(range(len(flat))[cut]) for cut in self.cuts]
-            halves = zip(backward, steps, evaluate, strict=True)
-            self.aside.run(*((back, *map(Later, step), ahead) for back, step, ahead in halves))
-        else:
-            self._run(backward)
-            self.handle.before_step()
-            self.optimizer.move()
-            self.handle.after_step()
-            self._run(evaluate)
-        return loss, _values(evaluate)
+            copies = range(self.optimizer.copies)
+            moves = [partial(self.optimizer.move, copies[cut]) for cut in self.cuts]
+            return self.aside.beside(*zip(backward, moves, evaluate, strict=True))
+        step = self.handle.before_step, self.optimizer.move, self.handle.after_step
+        return in_turn([self._both(backward), *step, self._both(evaluate)])
 
-    def _errors(
-        self, outputs: Tensor, future: Tensor, rewards: Tensor, discounts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Losses [S] and their gradient [S, 2, B, m] by the outputs."""
-        given = outputs, future, rewards, discounts
+    def _both(self, halves: Sequence[Step]) -> Step:
+        return self.aside.beside(*([half] for half in halves))
+
+    def lesser_later(
+        self, outputs: Tensor, ent_coef: Tensor, log_prob: Tensor, loss: Tensor, gradient: Tensor
+    ) -> Step:
+        """The actor's loss [S], mean of `ent_coef * log_prob - the smaller of the twins' values`,
+        and the gradient [S, 2, B, m] of that value by `outputs`, which equal ones share."""
+        given = outputs, ent_coef, log_prob
         if isinstance(self.codec, values.MSE) and kernels.ready(*given):
-            gradient, loss = torch.empty_like(outputs), rewards.new_empty(len(rewards))
-            _twin_errors(*map(kernels.array, (*given, gradient, loss)))
-            return loss, gradient
-        goal = self.codec.backup(self.codec.smallest(future, dim=1), rewards, discounts)
-        loss, gradient = self.codec.loss(outputs, goal[:, None])
-        return 0.5 * loss.mean(-1).sum(1), gradient * (0.5 / loss.shape[-1])
+            return partial(_lesser, *map(array, (*given, loss, gradient)))
 
-    def lesser(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The smaller of the twins' values [S, B] and its gradient by the outputs [S, 2, B, m];
-        where both are equal they share it."""
-        if isinstance(self.codec, values.MSE) and kernels.ready(outputs):
-            low, gradient = outputs[:, 0, :, 0].contiguous(), torch.empty_like(outputs)
-            _lesser(*map(kernels.array, (outputs, low, gradient)))
-            return low, gradient
-        q, gradient = self.decode(outputs)
-        low = q.amin(1, keepdim=True)
-        share = (q == low).to(q.dtype)
-        share = share / share.sum(1, keepdim=True)
-        return low[:, 0], gradient * share[..., None]
+        def run() -> None:
+            q, slope = self.decode(outputs)
+            low = q.amin(1, keepdim=True)
+            share = (q == low).to(q.dtype)
+            gradient.copy_(slope * (share / share.sum(1, keepdim=True))[..., None])
+            loss.copy_((ent_coef[:, None] * log_prob - low[:, 0]).mean(-1))
 
-    def _each(self, make: Callable[[Passes, slice], Later]) -> list[Later]:
-        """One computation for each half, of its passes and copies."""
-        return [make(part, cut) for part, cut in zip(self.online, self.cuts, strict=True)]
-
-    def _run(self, halves: Sequence[Later]) -> None:
-        self.aside.run(*([half] for half in halves))
-
-    def action_gradient(self, gradient: Tensor, n_act: int) -> Tensor:
-        """Gradient [S, B, A] by the actions of sum(outputs * gradient [S, 2, B, m])."""
-        flat = gradient.flatten(0, 1)
-        halves = self._each(lambda part, cut: part.input_gradient_later(flat[cut], n_act))
-        self._run(halves)
-        return _values(halves).sum(1)
+        return run
 
     def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Values [S, 2, B] of outputs [S, 2, B, m] and their gradient by the outputs."""
@@ -182,19 +210,31 @@ class TwinCritics:
         ones = torch.ones_like(decoded)
         return decoded.detach(), torch.autograd.grad(decoded, leaf, ones)[0]
 
-    def follow(self, tau: float) -> None:
-        """Move the targets by `tau` of the way."""
-        late, new = self.memories
-        if late is not None and new is not None:
-            kernels.approach(late, new, tau)
-        else:
-            online = [p.detach() for p in self.net.parameters()]
-            torch._foreach_lerp_(list(self.targets.parameters()), online, tau)
+    def action_gradient_later(
+        self, gradient: Tensor, found: Tensor, follow: Sequence[Sequence[Step]]
+    ) -> Step:
+        """Gradients [S, 2, B, A] by the actions of sum(outputs * gradient [S, 2, B, m]); `follow`
+        is what the halves do besides."""
+        flat, out = gradient.flatten(0, 1), found.flatten(0, 1)
+        halves = [part.input_gradient_later(flat, out) for part in self.online]
+        jobs = zip(halves, follow, strict=True)
+        return self.aside.beside(*([half, *steps] for half, steps in jobs))
+
+    def follow_later(self, tau: float) -> list[list[Step]]:
+        """Steps of the halves which together move the targets by `tau` of the way."""
+        own, online = list(self.targets.parameters()), [p.detach() for p in self.net.parameters()]
+        late, new, count = together(own), together(online), len(self.cuts)
+        if late is None or new is None or not kernels.ready(late, new):
+            return [[partial(torch._foreach_lerp_, own, online, tau)], *[[]] * (count - 1)]
+        parts = zip(late.tensor_split(count), new.tensor_split(count), strict=True)
+        return [[partial(kernels.approach, array(a), array(b), tau)] for a, b in parts]
+
+    # ---- seeing and state ------------------------------------------------------------------------
 
     def measure(self, obs: Tensor, actions: Tensor) -> dict[str, Any]:
         """Correlates [S] of each critic under `critic1/...`, `critic2/...`."""
         with torch.no_grad(), self.units.recording():
-            self.net(_twice(torch.cat([obs, actions], -1), slice(None)))
+            self.net(spread(torch.cat([obs, actions], -1), self.optimizer.copies))
         found: dict[str, Any] = {}
         both: dict[str, Any] = dict(metrics.measure(self.units))
         for key, value in both.items():
@@ -234,25 +274,6 @@ class TwinCritics:
             self.units.references.load_state_of(copy, state["metrics"])
 
 
-def _values(halves: Sequence[Later]) -> Tensor:
-    """What both halves made, `[S, 2, ...]`."""
-    whole = halves[0].value if len(halves) == 1 else torch.cat([half.value for half in halves])
-    return whole.unflatten(0, (-1, TWINS))  # type: ignore[no-any-return]
-
-
-def _memory(net: MLP) -> np.ndarray | None:
-    """All weights of a network as one array, where they stand side by side on the CPU."""
-    memory = together([p.detach() for p in net.parameters()])
-    return kernels.array(memory) if memory is not None and kernels.ready(memory) else None
-
-
-def _twice(pairs: Tensor, cut: slice) -> Tensor:
-    """Inputs of the copies `cut` of pairs [S, B, n], of which every seed has two."""
-    if len(pairs) == 1:
-        return pairs.expand(len(range(TWINS)[cut]), -1, -1)
-    return pairs.repeat_interleave(TWINS, 0)[cut]
-
-
 @kernels.compiled
 def _smaller(a, b):  # type: ignore[no-untyped-def]
     """No number where either is none."""
@@ -260,13 +281,15 @@ def _smaller(a, b):  # type: ignore[no-untyped-def]
 
 
 @kernels.compiled
-def _twin_errors(outputs, future, rewards, discounts, gradient, losses):  # type: ignore[no-untyped-def]
-    """`TwinCritics._errors` of values themselves into the last two."""
+def _twin_errors(  # type: ignore[no-untyped-def]
+    outputs, future, rewards, discounts, ent_coef, log_prob, losses, gradient
+):
+    """`TwinCritics.errors_later` of values themselves."""
     batch = rewards.shape[1]
     for c in range(len(losses)):
         total = 0.0
         for r in range(batch):
-            ahead = _smaller(future[c, 0, r, 0], future[c, 1, r, 0])
+            ahead = _smaller(future[c, 0, r, 0], future[c, 1, r, 0]) - ent_coef[c] * log_prob[c, r]
             goal = rewards[c, r] + discounts[c, r] * ahead
             for i in range(2):
                 error = outputs[c, i, r, 0] - goal
@@ -276,13 +299,16 @@ def _twin_errors(outputs, future, rewards, discounts, gradient, losses):  # type
 
 
 @kernels.compiled
-def _lesser(outputs, low, gradient):  # type: ignore[no-untyped-def]
-    """`TwinCritics.lesser` of values themselves into the last two."""
+def _lesser(outputs, ent_coef, log_prob, losses, gradient):  # type: ignore[no-untyped-def]
+    """`TwinCritics.lesser_later` of values themselves."""
+    batch = outputs.shape[2]
     for c in range(outputs.shape[0]):
-        for r in range(outputs.shape[2]):
+        total = 0.0
+        for r in range(batch):
             first, second = outputs[c, 0, r, 0], outputs[c, 1, r, 0]
             share = 0.5
             if first != second:
                 share = 1.0 if first < second else 0.0
-            low[c, r] = _smaller(first, second)
+            total += ent_coef[c] * log_prob[c, r] - _smaller(first, second)
             gradient[c, 0, r, 0], gradient[c, 1, r, 0] = share, 1.0 - share
+        losses[c] = total / batch

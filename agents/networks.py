@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.aside import Aside, Later
+from perennial.agents.aside import Aside, Step
 from perennial.plasticity.copies import BatchedLinear, Init
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -88,8 +88,15 @@ def gradient_of(parameter: Tensor | None) -> Tensor:
 
 
 class Training(ABC):
-    """Training passes of a network. Those that are made `later` are asked for in the order in which
-    they will be made."""
+    """Training passes of a network.
+
+    `forward_later` and its like lay a pass out once for many calls: a step on given memory of the
+    whole network. They are asked for in the order in which they will be called.
+
+    only: the copies that are served, of the network's S.
+    """
+
+    only = slice(None)
 
     @abstractmethod
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
@@ -107,18 +114,36 @@ class Training(ABC):
         """Gradient [S, B, last] of sum(output * gradient) by the last inputs, parameters apart."""
 
     def forward_later(
-        self, x: Tensor, record: Record | None = None, wants_input: bool = False
-    ) -> Later:
-        """`forward`."""
-        return Later(partial(self.forward, x, record, wants_input))
+        self, x: Tensor, out: Tensor, record: Record | None = None, wants_input: bool = False
+    ) -> Step:
+        """`forward` of x [S', B, n_in] into `out` [S, B, n_out]; S / S' copies in a row share their
+        inputs."""
 
-    def backward_later(self, gradient: Tensor) -> Later:
-        """`backward`."""
-        return Later(partial(self.backward, gradient))
+        def run() -> None:
+            own = spread(x, len(out))[self.only]
+            out[self.only].copy_(self.forward(own, record, wants_input))
 
-    def input_gradient_later(self, gradient: Tensor, last: int) -> Later:
-        """`input_gradient`."""
-        return Later(partial(self.input_gradient, gradient, last))
+        return run
+
+    def backward_later(self, gradient: Tensor, aside: Aside | None = None) -> Step:
+        """`backward` from `gradient` [S, B, n_out]."""
+        return partial(self.backward, gradient[self.only], aside)
+
+    def input_gradient_later(self, gradient: Tensor, out: Tensor) -> Step:
+        """`input_gradient` from `gradient` [S, B, n_out] into `out` [S, B, last]."""
+
+        def run() -> None:
+            found = self.input_gradient(gradient[self.only], out.shape[-1])
+            out[self.only].copy_(found)
+
+        return run
+
+
+def spread(x: Tensor, copies: int) -> Tensor:
+    """Inputs [copies, B, n] of x [S', B, n], each for as many copies in a row."""
+    if len(x) == copies:
+        return x
+    return x.expand(copies, -1, -1) if len(x) == 1 else x.repeat_interleave(copies // len(x), 0)
 
 
 class Autograd(Training):
@@ -169,7 +194,7 @@ class WrittenOut(Training):
     def __init__(self, net: MLP, only: slice | None = None):
         """`only`: the copies to serve, for passes of one network in two threads."""
         modules = list(net)
-        only = slice(None) if only is None else only
+        self.only = only = slice(None) if only is None else only
         self.layers: list[BatchedLinear] = [m for m in modules if isinstance(m, BatchedLinear)]
         self.activate, self.differentiate = WRITTEN_OUT[type(modules[1])]
         self.copies = len(range(self.layers[0].copies)[only])

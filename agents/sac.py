@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor
 
 from perennial.agents.actor_critic import check_actions, observation_size
-from perennial.agents.aside import Aside
+from perennial.agents.aside import Aside, Step
 from perennial.agents.config import SACConfig
-from perennial.agents.critics import TWINS, TwinCritics
+from perennial.agents.critics import TWINS, Inputs, Soft, TwinCritics
 from perennial.agents.episodes import Episodes
 from perennial.agents.networks import MLP, Acting, WrittenOut
 from perennial.agents.off_policy import step_into
@@ -115,6 +116,8 @@ class SAC:
         # Of the `train/*` values of `learn`, in its order, and how often.
         self.sums = torch.zeros(len(LOSSES), len(seeds), dtype=torch.float64, device=device)
         self.summed = 0
+        self.losses = like.new_zeros(len(LOSSES), len(seeds))  # of the last update
+        self._laid_out: dict[int, tuple[Inputs, list[Step]]] = {}  # by batch size
 
     def _beside(self) -> list[Intervention]:
         """What acts beside the actor's methods."""
@@ -231,43 +234,67 @@ class SAC:
     @torch.no_grad()  # the passes that need gradients ask for them
     def learn(self, sample: Sample, noise: Tensor) -> Tensor:
         """Learn from a sample with the actor's noise [S, 2, B, A]; `train/*` values [4, S], which
-        LOSSES names."""
-        config, like = self.config, self.log_ent_coef
-        obs, actions, rewards, discounts, following = (
-            torch.from_numpy(x).to(like) for x in sample[:5]
-        )
-        noise = noise.to(like)
-        record = self.units.record if self.handle.observes else None
-        draws, next_draws = noise[:, 0].contiguous(), noise[:, 1].contiguous()
-        output, next_output = (
-            self.actor_passes.forward_later(obs, record),
-            self.next_passes.forward_later(following),
-        )
-        here = self.squash.sample_later(output, draws)
-        there = self.squash.sample_later(next_output, next_draws)
-        self.aside.run((output, here), (next_output, there))
-        policy, ahead = here.value, there.value
-        ent_coef = self.log_ent_coef.detach().exp()  # [S, 1]
-        ent_loss = self.temperature.learn(policy.log_prob)
-
-        critics = self.critics
-        outputs, future = critics.look((obs, actions), (following, ahead.actions))
-        soft = rewards - discounts * ent_coef * ahead.log_prob
-        critic_loss, outputs = critics.learn(
-            outputs, future, soft, discounts, (obs, policy.actions)
-        )
-        low, d_outputs = critics.lesser(outputs)  # [S, B], [S, 2, B, m]
-        d_actions = critics.action_gradient(d_outputs, self.squash.size)
-        d_output = self.squash.gradient(policy, d_actions, ent_coef[..., None])
-        self.actor_passes.backward(d_output / config.batch_size, self.aside)
-        self.handle.before_step()
-        self.optimizer.move()
-        self.handle.after_step()
+        LOSSES names and the next update overwrites."""
+        batch = noise.shape[2]
+        if batch not in self._laid_out:
+            self._laid_out[batch] = self._lay_out(batch)
+        inputs, steps = self._laid_out[batch]
+        inputs.fill(sample, noise)
+        for step in steps:
+            step()
         self.updates += 1
-        if self.updates % config.target_update_interval == 0:
-            critics.follow(config.tau)
-        actor_loss = (ent_coef * policy.log_prob - low).mean(-1)
-        return torch.stack([actor_loss, critic_loss, ent_coef[:, 0], ent_loss])
+        return self.losses
+
+    def _lay_out(self, batch: int) -> tuple[Inputs, list[Step]]:
+        """An update of `batch` transitions per seed: where its inputs go, and its steps.
+
+        All that it reads and writes has its place from then on, so that a step is one call with
+        arguments at hand. It needs the interpreter, which threads share, for little else.
+        """
+        config, critics, aside, squash = self.config, self.critics, self.aside, self.squash
+        new = partial(self.losses.new_zeros, len(self.seeds))
+        width, m = squash.size, critics.codec.outputs
+        x = Inputs.of(new, batch, self.latest.shape[-1], width)
+        actor_loss, critic_loss, ent_coef, ent_loss = self.losses
+
+        output, next_output = new(batch, 2 * width), new(batch, 2 * width)
+        policy = squash.space(x.here[..., -width:], new(batch))
+        following = squash.space(x.ahead[..., -width:], new(batch))
+        record = self.units.record if self.handle.observes else None
+        act = aside.beside(
+            [
+                self.actor_passes.forward_later(x.observations, output, record),
+                squash.sample_later(output, x.noise, policy),
+            ],
+            [
+                self.next_passes.forward_later(x.next_observations, next_output),
+                squash.sample_later(next_output, x.next_noise, following),
+            ],
+        )
+        heat = self.temperature.learn_later(policy.log_prob, ent_coef, ent_loss)
+
+        outputs, future, gradient = (new(TWINS, batch, m) for _ in range(3))
+        look = critics.look_later(x.taken, outputs, x.ahead, future)
+        soft = Soft(x.rewards, x.discounts, ent_coef, following.log_prob)
+        errors = critics.errors_later(outputs, future, soft, critic_loss, gradient)
+        learn = critics.learn_later(gradient, x.here, outputs)
+
+        lesser = critics.lesser_later(outputs, ent_coef, policy.log_prob, actor_loss, gradient)
+        d_actions, d_output = new(TWINS, batch, width), new(batch, 2 * width)
+        follow = [
+            [partial(self._at_times, s) for s in steps]
+            for steps in critics.follow_later(config.tau)
+        ]
+        climb = critics.action_gradient_later(gradient, d_actions, follow)
+        squashed = squash.gradient_later(policy, d_actions, ent_coef, d_output)
+        backward = self.actor_passes.backward_later(d_output, aside)
+        step = self.handle.before_step, self.optimizer.move, self.handle.after_step
+        return x, [act, heat, look, errors, learn, lesser, climb, squashed, backward, *step]
+
+    def _at_times(self, follow: Step) -> None:
+        """The targets do not follow every update."""
+        if (self.updates + 1) % self.config.target_update_interval == 0:
+            follow()
 
     # ---- seeing and state ----------------------------------------------------------------------
 

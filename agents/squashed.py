@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.agents.aside import Later
+from perennial.agents.aside import Step
 from perennial.plasticity import kernels
 
 _LOW, _HIGH = -20.0, 2.0
@@ -23,7 +23,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 class Squashed(NamedTuple):
-    """A sample of the policy and what its gradient needs."""
+    """A sample of the policy and what its gradient needs; actions may be part of wider rows."""
 
     actions: Tensor  # [S, B, A] in (-1, 1)
     log_prob: Tensor  # [S, B]
@@ -44,10 +44,6 @@ class SquashedGaussian:
 
     def sample(self, output: Tensor, noise: Tensor) -> Squashed:
         """Actions of outputs [S, B, 2A] and noise [S, B, A], with their log density."""
-        if kernels.ready(output, noise) and not output.requires_grad:
-            later = self.sample_later(Later(_nothing, output), noise)
-            later()
-            return later.value  # type: ignore[no-any-return]
         mean, raw = output.chunk(2, -1)
         log_std = raw.clamp(_LOW, _HIGH)
         stretched = log_std.exp() * noise
@@ -57,28 +53,28 @@ class SquashedGaussian:
         inside = ((raw >= _LOW) & (raw <= _HIGH)).to(raw.dtype)
         return Squashed(actions, gaussian - slope, stretched, inside)
 
-    def sample_later(self, output: Later, noise: Tensor) -> Later:
-        """`sample` of an output that is made before."""
-        known = output.value
-        if known is None or not kernels.ready(known, noise):
-            return Later(lambda: self.sample(output.value, noise))
-        actions, stretched, inside = (torch.empty_like(noise) for _ in range(3))
-        log_prob = noise.new_empty(noise.shape[:-1])
-        arrays = map(kernels.array, (known, noise, actions, stretched, inside, log_prob))
-        return Later(partial(_sample, *arrays), Squashed(actions, log_prob, stretched, inside))
+    def space(self, actions: Tensor, log_prob: Tensor) -> Squashed:
+        """Memory of a sample whose actions and log density have theirs already."""
+        shape = *log_prob.shape, self.size
+        return Squashed(actions, log_prob, log_prob.new_empty(shape), log_prob.new_empty(shape))
+
+    def sample_later(self, output: Tensor, noise: Tensor, found: Squashed) -> Step:
+        """`sample` into `found`."""
+        if kernels.ready(output, noise):
+            return partial(_sample, *map(kernels.array, (output, noise, *found)))
+
+        def run() -> None:
+            for target, value in zip(found, self.sample(output, noise), strict=True):
+                target.copy_(value)
+
+        return run
 
     def gradient(self, policy: Squashed, d_value: Tensor, ent_coef: Tensor) -> Tensor:
         """Gradient [S, B, 2A] of `ent_coef log_prob - value` by the outputs, per row.
 
-        d_value [S, B, A]: gradient of the value by the actions; ent_coef broadcasts to [S, B, A].
+        d_value [S, B, A]: gradient of the value by the actions; ent_coef [S].
         """
-        actions = policy.actions
-        if kernels.ready(*policy, d_value):
-            made = actions.new_empty(*actions.shape[:-1], 2 * actions.shape[-1])
-            weight = ent_coef.expand(len(actions), 1, 1).contiguous()
-            arrays = (actions, policy.stretched, policy.inside, d_value, weight, made)
-            _gradient(*map(kernels.array, arrays))
-            return made
+        actions, ent_coef = policy.actions, ent_coef[:, None, None]
         slope = 1.0 - actions.square()
         # log_prob depends on the mean through the squashing alone: the noise is what is given.
         d_log_prob = 2.0 * actions * slope / (slope + _EPSILON)
@@ -86,13 +82,23 @@ class SquashedGaussian:
         d_log_std = (d_mean * policy.stretched - ent_coef) * policy.inside
         return torch.cat([d_mean, d_log_std], -1)
 
+    def gradient_later(
+        self, policy: Squashed, d_values: Tensor, ent_coef: Tensor, found: Tensor
+    ) -> Step:
+        """`gradient` of the mean over rows into `found`, the value's being the sum of `d_values`
+        [S, 2, B, A]."""
+        if kernels.ready(d_values, ent_coef, found):
+            return partial(_gradient, *map(kernels.array, (*policy, d_values, ent_coef, found)))
 
-def _nothing() -> None:
-    """Of an output that is there."""
+        def run() -> None:
+            whole = self.gradient(policy, d_values.sum(1), ent_coef)
+            found.copy_(whole).div_(found.shape[1])
+
+        return run
 
 
 @kernels.compiled
-def _sample(output, noise, actions, stretched, inside, log_prob):  # type: ignore[no-untyped-def]
+def _sample(output, noise, actions, log_prob, stretched, inside):  # type: ignore[no-untyped-def]
     """`SquashedGaussian.sample` into the last four."""
     size = noise.shape[2]
     for c in range(output.shape[0]):
@@ -113,19 +119,19 @@ def _sample(output, noise, actions, stretched, inside, log_prob):  # type: ignor
 
 
 @kernels.compiled
-def _gradient(actions, stretched, inside, d_value, ent_coef, found):  # type: ignore[no-untyped-def]
-    """`SquashedGaussian.gradient` into `found`; ent_coef [S, 1, 1]."""
+def _gradient(actions, _, stretched, inside, d_values, ent_coef, found):  # type: ignore[no-untyped-def]
+    """`SquashedGaussian.gradient_later`."""
     number = actions.dtype.type
     one, two, epsilon = number(1), number(2), number(_EPSILON)
-    size = actions.shape[2]
+    size, batch = actions.shape[2], number(actions.shape[1])
     for c in range(actions.shape[0]):
-        weight = ent_coef[c, 0, 0]
+        weight = ent_coef[c]
         for r in range(actions.shape[1]):
             for i in range(size):
                 action = actions[c, r, i]
                 slope = one - action * action
                 d_mean = weight * (two * action * slope / (slope + epsilon))
-                d_mean -= d_value[c, r, i] * slope
-                found[c, r, i] = d_mean
-                d_log_std = d_mean * stretched[c, r, i] - weight
-                found[c, r, size + i] = d_log_std * inside[c, r, i]
+                d_mean -= (d_values[c, 0, r, i] + d_values[c, 1, r, i]) * slope
+                found[c, r, i] = d_mean / batch
+                d_log_std = (d_mean * stretched[c, r, i] - weight) * inside[c, r, i]
+                found[c, r, size + i] = d_log_std / batch

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from perennial.agents.aside import Step
 from perennial.agents.config import SACConfig
+from perennial.plasticity import kernels
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.base import Intervention
 from perennial.plasticity.fresh import forget
@@ -28,16 +31,29 @@ class Temperature:
         self.log.grad = torch.zeros_like(self.log)
         self.optimizer = BatchedAdam([self.log], config.learning_rate)
 
-    def learn(self, log_prob: Tensor) -> Tensor:
-        """One step towards the target entropy from log densities [S, B]; the loss [S]."""
-        if not self.learned:
-            return torch.zeros_like(log_prob[:, 0])
-        surplus = log_prob.mean(-1, keepdim=True) + self.target
-        loss = -(self.log.detach() * surplus)[:, 0]
-        assert self.log.grad is not None
-        self.log.grad.copy_(-surplus)
-        self.optimizer.move()
-        return loss
+    def learn_later(self, log_prob: Tensor, ent_coef: Tensor, loss: Tensor) -> Step:
+        """One step towards the target entropy from log densities [S, B]; the temperature before it
+        and the loss go into the last two, [S] each."""
+        grad = self.log.grad
+        assert grad is not None
+        given = log_prob, self.log.detach(), ent_coef, loss, grad
+        loops = kernels.ready(*given)
+        measure = partial(_surplus, self.target, *map(kernels.array, given)) if loops else None
+
+        def run() -> None:
+            if measure is not None:
+                measure()
+            else:
+                surplus = log_prob.mean(-1, keepdim=True) + self.target
+                ent_coef.copy_(self.log[:, 0].exp())
+                loss.copy_(-(self.log * surplus)[:, 0])
+                grad.copy_(-surplus)
+            if self.learned:
+                self.optimizer.move()
+            else:
+                loss.zero_()
+
+        return run
 
     @torch.no_grad()
     def restart(self, copies: Tensor) -> None:
@@ -73,3 +89,15 @@ class RestartsWithActor(Intervention):
 
     def _restarted(self, copies: Tensor) -> None:
         self._temperature.restart(copies)
+
+
+@kernels.compiled
+def _surplus(target, log_prob, log, ent_coef, loss, grad):  # type: ignore[no-untyped-def]
+    """What `Temperature.learn_later` computes."""
+    for c in range(log_prob.shape[0]):
+        total = 0.0
+        for r in range(log_prob.shape[1]):
+            total += log_prob[c, r]
+        surplus = total / log_prob.shape[1] + target
+        ent_coef[c] = math.exp(log[c, 0])
+        loss[c], grad[c, 0] = -log[c, 0] * surplus, -surplus

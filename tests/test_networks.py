@@ -1,5 +1,6 @@
 """The written-out passes and gradients against autograd, loop against batch."""
 
+import itertools
 import threading
 
 import gymnasium as gym
@@ -95,6 +96,45 @@ def test_passes_of_some_copies_serve_them_alone():
         part.backward(gradient[only])
     for p, grad in zip(net.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves"),
+    [(Autograd, False), *itertools.product((WrittenOut, CompiledMLP), (False, True))],
+)
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+def test_passes_laid_out_once_serve_many_calls(kind, halves, sharing):
+    """Also of some copies, where several share their inputs, and told to who records."""
+    torch.manual_seed(0)
+    net, expected = network(range(4)), Autograd(network(range(4)))
+    cuts = [slice(0, 1), slice(1, 4)] if halves else [None]
+    parts = [kind(net, cut) if halves else kind(net) for cut in cuts]
+    x, out, gradient = (
+        torch.zeros(n, 7, m).double() for n, m in ((4 // sharing, 5), (4, 3), (4, 3))
+    )
+    d_input, seen = torch.zeros(4, 7, 2).double(), []
+    record = None if kind is Autograd else lambda layer, h: seen.append(h.clone())
+    steps = []
+    for part in parts:
+        steps += [part.forward_later(x, out, record), part.backward_later(gradient)]
+        steps += [part.forward_later(x, out, None, True)]
+        steps += [part.input_gradient_later(gradient, d_input)]
+    for _ in range(2):
+        x.copy_(torch.randn(x.shape))
+        gradient.copy_(torch.randn(gradient.shape))
+        seen.clear()
+        for step in steps:
+            step()
+        whole = x.repeat_interleave(sharing, 0)
+        assert torch.allclose(out, expected.forward(whole), rtol=0, atol=1e-12)
+        expected.backward(gradient)
+        for p, q in zip(net.parameters(), expected.net.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12)
+        expected.forward(whole, wants_input=True)
+        assert torch.allclose(d_input, expected.input_gradient(gradient, 2), rtol=0, atol=1e-12)
+        layers = len(list(net.parameters())) // 2
+        for k, part in enumerate(parts if seen else []):
+            assert torch.equal(seen[k * layers], whole[part.only])
 
 
 def test_a_network_is_served_by_loops_where_they_can_and_else_by_tensors(monkeypatch):

@@ -17,6 +17,7 @@ from perennial.agents.loop import train_group
 from perennial.agents.replay import Sample
 from perennial.agents.sac import LOSSES, SAC
 from perennial.agents.squashed import SquashedGaussian
+from perennial.plasticity import kernels
 from tests.test_checkpoint import same
 from tests.test_exactness import scalars
 
@@ -154,21 +155,41 @@ def test_squashed_gradients_equal_autograd():
     output[0, 0, 4], output[1, 3, 5] = 2.5, -21.0  # clipped deviations
     output.requires_grad_()
     noise, direction = torch.randn(2, 20, 3).double(), torch.randn(2, 20, 3).double()
-    ent_coef = torch.tensor([0.3, 0.7]).double()[:, None]
+    ent_coef = torch.tensor([0.3, 0.7]).double()
     policy = head.sample(output, noise)
     normal = torch.distributions.Normal(output[..., :3], output[..., 3:].clamp(-20, 2).exp())
     raw = normal.mean + normal.stddev * noise
     slope = torch.log(1 - torch.tanh(raw) ** 2 + 1e-6).sum(-1)
     assert torch.allclose(policy.log_prob, normal.log_prob(raw).sum(-1) - slope)
-    for usual, by_loop in zip(policy, head.sample(output.detach(), noise), strict=True):
-        assert torch.allclose(usual, by_loop, rtol=0, atol=1e-8)
-    loss = (ent_coef * policy.log_prob).sum() - (direction * policy.actions).sum()
+    loss = (ent_coef[:, None] * policy.log_prob).sum() - (direction * policy.actions).sum()
     (expected,) = torch.autograd.grad(loss, output)
-    ours = head.gradient(policy, direction, ent_coef[..., None])
+    ours = head.gradient(policy, direction, ent_coef)
     assert torch.allclose(ours, expected, atol=1e-12)
-    policy = head.sample(output.detach(), noise)  # and in compiled loops
-    ours = head.gradient(policy, direction, ent_coef[..., None])
-    assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_laid_out_steps_read_what_lies_there_when_they_are_called(loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(kernels, "ready", lambda *_: False)
+    torch.manual_seed(0)
+    head, rows = SquashedGaussian(3), torch.zeros(2, 20, 7).double()
+    output, noise, found = (torch.zeros(2, 20, n).double() for n in (6, 3, 6))
+    twice, ent_coef = torch.zeros(2, 2, 20, 3).double(), torch.tensor([0.3, 0.7]).double()
+    policy = head.space(rows[..., 4:], rows.new_zeros(2, 20))
+    sample = head.sample_later(output, noise, policy)
+    slope = head.gradient_later(policy, twice, ent_coef, found)
+    for _ in range(2):
+        output.copy_(3 * torch.randn(2, 20, 6))
+        noise.copy_(torch.randn(2, 20, 3))
+        twice.copy_(torch.randn(2, 2, 20, 3))
+        sample()
+        slope()
+        expected = head.sample(output, noise)
+        for name, value in expected._asdict().items():
+            assert torch.allclose(getattr(policy, name), value, rtol=0, atol=1e-8), name
+        assert (rows[..., 4:] == policy.actions).all() and not rows[..., :4].any()
+        gradient = head.gradient(expected, twice.sum(1), ent_coef) / 20
+        assert torch.allclose(found, gradient, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("value_loss", ["mse", "hl-gauss", "two-hot", "c51", "quantile"])
