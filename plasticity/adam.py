@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -107,16 +106,6 @@ class BatchedAdam(Optimizer):
             self.aging.look_up()
         for group, options in zip(self._groups(), self.param_groups, strict=True):
             group.step(options, copies, mask, self.aging, beside)
-
-    def calls(self, active: Active = None) -> list[partial[None]]:
-        """`move` as calls of compiled loops, which need little of the interpreter and may run in a
-        thread; only where `compiled`, and without ages."""
-        copies, _ = self._chosen(active)
-        return [
-            call
-            for group, options in zip(self._groups(), self.param_groups, strict=True)
-            for call in group.loops.calls([p.grad for p in group.params], options, copies, None)
-        ]
 
     @property
     def compiled(self) -> bool:
