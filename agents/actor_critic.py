@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.agents.acting import Acting
 from perennial.agents.aside import Aside
 from perennial.agents.by_copy import ByCopy
 from perennial.agents.config import Config, PPOConfig
 from perennial.agents.convnets import build_net, build_trunk, useful_threads
 from perennial.agents.distributions import distribution_of
-from perennial.agents.networks import Acting, Record, WrittenOut
+from perennial.agents.networks import Record, WrittenOut
 from perennial.agents.passes import passes
 from perennial.agents.streams import torch_generator
 from perennial.plasticity.architecture import rewrite

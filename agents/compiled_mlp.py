@@ -1,5 +1,5 @@
-"""Passes of a plain ReLU network in compiled loops around the BLAS: a whole pass of all copies is
-one call, which holds no lock of the interpreter.
+"""Passes of a ReLU network, with layer norms or without, in compiled loops around the BLAS: a whole
+pass of all copies is one call, which holds no lock of the interpreter.
 
 What a pass costs beside its matrix products then is little, and two threads do not wait for each
 other. Weights, gradients and activations are one memory each, and tables say where each layer's
@@ -8,6 +8,8 @@ begin.
 
 from __future__ import annotations
 
+import math
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from perennial.agents import blas
 from perennial.agents.aside import Aside, Step, in_turn
 from perennial.agents.blas import product
-from perennial.agents.networks import MLP, Record, WrittenOut
+from perennial.agents.networks import MLP, Record, WrittenOut, gradient_of, spelled
 from perennial.plasticity import kernels
 from perennial.plasticity.flat import flatten
+from perennial.plasticity.norms import BatchedLayerNorm
 
 
 class CompiledMLP(WrittenOut):
@@ -30,17 +33,24 @@ class CompiledMLP(WrittenOut):
     def __init__(self, net: MLP, only: slice | None = None):
         weights = flatten(list(net.parameters()))
         super().__init__(net, only)
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        slopes = flatten(gradients)
+        slopes = flatten([gradient_of(p) for p in net.parameters()])
         assert weights is not None and slopes is not None
         self._weights, self._slopes = kernels.array(weights), kernels.array(slopes)
         begin = weights.storage_offset()
-        table = []
-        for layer in self.layers:
-            assert layer.bias is not None
-            starts = (t.storage_offset() - begin for t in (layer.weight, layer.bias))
-            table.append((*starts, *layer.weight.shape[:0:-1]))
-        self._layers = np.array(table, np.int64)
+
+        def place(parameter: Tensor | None) -> int:
+            return -1 if parameter is None else int(parameter.storage_offset() - begin)
+
+        # Of each layer: weights, biases, inputs, outputs, gains and offsets of a norm's.
+        self._layers = np.zeros((len(self.layers), 6), np.int64)
+        self._eps = np.full(len(self.layers), -1.0)
+        norms = dict(zip(net, [*net][1:], strict=False))
+        for k, layer in enumerate(self.layers):
+            norm, sizes = norms.get(layer), layer.weight.shape[:0:-1]
+            self._layers[k] = place(layer.weight), place(layer.bias), *sizes, -1, -1
+            if isinstance(norm, BatchedLayerNorm):
+                self._layers[k, 4:] = place(norm.weight), place(norm.bias)
+                self._eps[k] = norm.eps
         self._copies = np.arange(self.layers[0].copies)[self.only]
         self._spaces: dict[int, _Space] = {}
         self._given = np.zeros((0, 0, 0)), self._copies  # inputs, and which are each copy's
@@ -48,11 +58,12 @@ class CompiledMLP(WrittenOut):
 
     @staticmethod
     def fits(net: nn.Module) -> bool:
-        """Whether `net` is a plain ReLU network on the CPU, in a precision that loops take."""
+        """Whether `net` is linear layers with ReLU, and norms before it or none, on the CPU, in a
+        precision that loops take."""
         return (
             blas.ready
-            and WrittenOut.fits(net)
-            and isinstance(net[1], nn.ReLU)  # type: ignore[index]
+            and re.fullmatch("(ln?a)+l", spelled(net)) is not None
+            and isinstance(net[-2], nn.ReLU)  # type: ignore[index]
             and kernels.ready(*net.parameters())
         )
 
@@ -65,8 +76,11 @@ class CompiledMLP(WrittenOut):
                 memory[0, a:b].view(self.copies, batch, n)
                 for a, b, n in zip(places, places[1:], widths, strict=False)
             ]
+            normed = int((self._eps >= 0).any())
             activations, spare = map(kernels.array, memory)
-            self._spaces[batch] = _Space(outs, activations, spare, places)
+            normals = np.empty(normed * activations.size, activations.dtype)
+            scales = np.empty((len(widths), normed * self.copies * batch), activations.dtype)
+            self._spaces[batch] = _Space(outs, activations, normals, scales, spare, places)
         return self._spaces[batch]
 
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
@@ -86,8 +100,9 @@ class CompiledMLP(WrittenOut):
         """Of x [S', B, n], of which `sources` [k] are the copies' own."""
         space = self._at(x.shape[1])
         self._given = kernels.array(x), sources
-        given = *self._given, self._weights, self._layers, self._copies
-        run = partial(_forward, *given, space.activations, space.places, kernels.array(out))
+        given = *self._given, self._weights, self._layers, self._eps, self._copies
+        memory = space.activations, space.normals, space.scales, space.places
+        run = partial(_forward, *given, *memory, kernels.array(out))
         if record is None:
             return run
 
@@ -123,8 +138,8 @@ class CompiledMLP(WrittenOut):
         """The gradients of some rows alone, into `slopes`."""
         space = self._at(gradient.shape[1])
         given = kernels.array(gradient), *self._given, self._weights, slopes
-        memory = space.activations, space.spare, space.places
-        return partial(_backward, *given, self._layers, self._copies, *memory, low, high)
+        net = self._layers, self._eps, self._copies
+        return partial(_backward, *given, *net, *space[1:], low, high)
 
     def input_gradient(self, gradient: Tensor, last: int) -> Tensor:
         """As `WrittenOut.input_gradient`: rows of which no gradient is asked are left out."""
@@ -138,9 +153,10 @@ class CompiledMLP(WrittenOut):
 
     def _input_gradient(self, gradient: Tensor, out: Tensor) -> Step:
         space = self._at(gradient.shape[1])
-        given = kernels.array(gradient), self._weights, self._layers, self._copies
-        memory = space.activations, space.spare, space.places
-        return partial(_input_gradient, *given, *memory, kernels.array(out))
+        net = self._weights, self._layers, self._eps, self._copies
+        return partial(
+            _input_gradient, kernels.array(gradient), *net, *space[1:], kernels.array(out)
+        )
 
 
 class _Space(NamedTuple):
@@ -148,7 +164,9 @@ class _Space(NamedTuple):
 
     outs: list[Tensor]  # of each layer [k, B, n], after its activation
     activations: np.ndarray  # the same, one after the other
-    spare: np.ndarray  # gradients by them
+    normals: np.ndarray  # what norms give before gain and offset; empty where there are none
+    scales: np.ndarray  # 1 / deviation of each norm's rows, [L, k * B]
+    spare: np.ndarray  # gradients by activations
     places: np.ndarray  # where each layer's begin, int64 [L + 1]
 
 
@@ -159,19 +177,82 @@ def _add(total, more):  # type: ignore[no-untyped-def]
 
 
 @kernels.compiled
-def _forward(x, sources, weights, layers, copies, space, places, last):  # type: ignore[no-untyped-def]
+def _of_copy(memory, begin, copy, size):  # type: ignore[no-untyped-def]
+    """The vector of a copy, of those [S, size] that begin there; empty where nothing does."""
+    at = begin + copy * size
+    return memory[at : at + size] if begin >= 0 else memory[:0]
+
+
+@kernels.compiled
+def _sum_rows(d, normal, d_gain, d_offset):  # type: ignore[no-untyped-def]
+    """Gradients by gain and offset of a norm, of rows of gradients by what it gives."""
+    d_gain[:] = 0
+    d_offset[:] = 0
+    for r in range(d.shape[0] if d_gain.size else 0):
+        row, own = d[r], normal[r]
+        for i in range(row.size):
+            d_gain[i] += row[i] * own[i]
+            d_offset[i] += row[i]
+
+
+def _normalise(row, normal, gain, offset, eps):  # type: ignore[no-untyped-def]
+    """A row of pre-activations to activations in place, and to `normal`; 1 / their deviation."""
+    number = row.dtype.type
+    size, total, square = number(row.size), number(0), number(0)
+    for i in range(row.size):
+        total += row[i]
+    mean = total / size
+    for i in range(row.size):
+        apart = row[i] - mean
+        square += apart * apart
+    scale = number(1 / math.sqrt(square / size + eps))
+    for i in range(row.size):
+        normal[i] = (row[i] - mean) * scale
+    if gain.size:
+        for i in range(row.size):
+            value = normal[i] * gain[i] + offset[i]
+            row[i] = number(0) if value <= 0 else value
+    else:
+        for i in range(row.size):
+            row[i] = number(0) if normal[i] <= 0 else normal[i]
+    return scale
+
+
+def _through_norm(row, normal, gain, scale):  # type: ignore[no-untyped-def]
+    """A row of gradients by what a norm gives to those by what it got, in place."""
+    number = row.dtype.type
+    size, total, along = number(row.size), number(0), number(0)
+    if gain.size:
+        for i in range(row.size):
+            row[i] *= gain[i]
+    for i in range(row.size):
+        total += row[i]
+        along += row[i] * normal[i]
+    total, along = total / size, along / size
+    for i in range(row.size):
+        row[i] = scale * (row[i] - total - normal[i] * along)
+
+
+_normalise = kernels.compiled(_normalise, reorders=True)
+_through_norm = kernels.compiled(_through_norm, reorders=True)
+
+
+@kernels.compiled
+def _forward(  # type: ignore[no-untyped-def]
+    x, sources, weights, layers, eps, copies, space, normals, scales, places, last
+):
     """Outputs of the hidden layers into `space`, of the last into `last` [k, B, m].
 
     x: [S', B, n], of which `sources` [k] are the copies' own; weights: all layers', those of a
-    layer [S, out, in], then [S, out]; layers: of each where weights and biases begin, inputs,
-    outputs, int64 [L, 4]; copies: which of the S, int64 [k]; places: where each layer's outputs
-    [k, B, out] begin, int64 [L + 1].
+    layer [S, out, in], then [S, out]; layers, eps: see `CompiledMLP`; copies: which of the S, int64
+    [k]; places: where each layer's outputs [k, B, out] begin, int64 [L + 1]; the others: see
+    `_Space`.
     """
     batch = x.shape[1]
     for j in range(copies.size):
         h = x[sources[j]]
         for k in range(layers.shape[0]):
-            w, b, n_in, n_out = layers[k]
+            w, b, n_in, n_out, gain, offset = layers[k]
             w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
             begin = places[k] + j * batch * n_out
             weight, bias = (
@@ -187,6 +268,14 @@ def _forward(x, sources, weights, layers, copies, space, places, last):  # type:
                     row = out[r]
                     for i in range(n_out):
                         row[i] += bias[i]
+            elif eps[k] >= 0:
+                normal = normals[begin : begin + batch * n_out].reshape(batch, n_out)
+                gains = _of_copy(weights, gain, copies[j], n_out)
+                offsets = _of_copy(weights, offset, copies[j], n_out)
+                for r in range(batch):
+                    out[r] += bias
+                    row = out[r]
+                    scales[k, j * batch + r] = _normalise(row, normal[r], gains, offsets, eps[k])
             else:
                 for r in range(batch):
                     row = out[r]
@@ -198,8 +287,9 @@ def _forward(x, sources, weights, layers, copies, space, places, last):  # type:
 
 @kernels.compiled
 def _backward(  # type: ignore[no-untyped-def]
-    gradient, x, sources, weights, slopes, layers, copies, space, spare, places, low, high
-):
+    gradient, x, sources, weights, slopes, layers, eps, copies,
+    space, normals, scales, spare, places, low, high,
+):  # fmt: skip
     """Gradients of all layers by the rows `low` to `high`, into `slopes`, which is laid out as
     `weights`; those by a layer's outputs into `spare`, laid out as `space`.
 
@@ -209,7 +299,7 @@ def _backward(  # type: ignore[no-untyped-def]
     for j in range(copies.size):
         g = gradient[j, low:high]
         for k in range(layers.shape[0] - 1, -1, -1):
-            w, b, n_in, n_out = layers[k]
+            w, b, n_in, n_out = layers[k, :4]
             w, b = w + copies[j] * n_in * n_out, b + copies[j] * n_out
             begin, h = 0, x[sources[j], low:high]
             if k > 0:
@@ -229,11 +319,23 @@ def _backward(  # type: ignore[no-untyped-def]
                     row, active = d[r], h[r]
                     for i in range(n_in):
                         row[i] = row.dtype.type(0) if active[i] <= 0 else row[i]
+                if eps[k - 1] >= 0:
+                    normal = normals[begin : begin + rows * n_in].reshape(rows, n_in)
+                    gain, offset = layers[k - 1, 4:]
+                    d_gain = _of_copy(slopes, gain, copies[j], n_in)
+                    d_offset = _of_copy(slopes, offset, copies[j], n_in)
+                    _sum_rows(d, normal, d_gain, d_offset)
+                    gains = _of_copy(weights, gain, copies[j], n_in)
+                    for r in range(rows):
+                        scale = scales[k - 1, j * batch + low + r]
+                        _through_norm(d[r], normal[r], gains, scale)
                 g = d
 
 
 @kernels.compiled
-def _input_gradient(gradient, weights, layers, copies, space, spare, places, found):  # type: ignore[no-untyped-def]
+def _input_gradient(  # type: ignore[no-untyped-def]
+    gradient, weights, layers, eps, copies, space, normals, scales, spare, places, found
+):
     """Gradient by the last inputs into `found` [k, B, last], of rows that have one; else zero."""
     batch, last = found.shape[1], found.shape[2]
     found[:] = 0
@@ -248,7 +350,7 @@ def _input_gradient(gradient, weights, layers, copies, space, spare, places, fou
         for r in range(count):
             g[r] = gradient[j, rows[r]]
         for k in range(layers.shape[0] - 1, 0, -1):
-            w, _, n_in, n_out = layers[k]
+            w, _, n_in, n_out = layers[k, :4]
             w += copies[j] * n_in * n_out
             begin = places[k - 1] + j * batch * n_in
             d = spare[begin : begin + count * n_in].reshape(count, n_in)
@@ -258,8 +360,12 @@ def _input_gradient(gradient, weights, layers, copies, space, spare, places, fou
                 row, active = d[r], space[at : at + n_in]
                 for i in range(n_in):
                     row[i] = row.dtype.type(0) if active[i] <= 0 else row[i]
+                if eps[k - 1] >= 0:
+                    gains = _of_copy(weights, layers[k - 1, 4], copies[j], n_in)
+                    scale = scales[k - 1, j * batch + rows[r]]
+                    _through_norm(row, normals[at : at + n_in], gains, scale)
             g = d
-        w, _, n_in, n_out = layers[0]
+        w, _, n_in, n_out = layers[0, :4]
         w += copies[j] * n_in * n_out
         first = weights[w : w + n_in * n_out].reshape(n_out, n_in)
         part = np.empty((count, last), g.dtype)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from perennial.agents.aside import Aside, Step, in_turn
 from perennial.agents.config import SACConfig
-from perennial.agents.networks import MLP, WrittenOut, spread
-from perennial.agents.passes import Passes, passes
+from perennial.agents.networks import MLP, spread
+from perennial.agents.passes import Passes, passes, written_out
 from perennial.agents.replay import Sample
 from perennial.agents.streams import torch_generator
 from perennial.agents.weights import load_weights, weights_of
@@ -109,7 +109,7 @@ class TwinCritics:
             hooks=False,
             targets=[self.targets],
         )
-        self.aside = Aside(threaded and WrittenOut.fits(self.net))
+        self.aside = Aside(threaded and written_out(self.net))
         middle = copies // 2
         self.cuts = (
             [slice(0, middle), slice(middle, copies)] if self.aside.threaded else [slice(None)]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.agents.acting import Acting
 from perennial.agents.actor_critic import check_actions
 from perennial.agents.aside import Aside
 from perennial.agents.clipping import Clip
@@ -29,8 +30,8 @@ from perennial.agents.convnets import observation_shape
 from perennial.agents.convolved import Convolved
 from perennial.agents.episodes import Episodes
 from perennial.agents.exploration import EpsilonGreedy
-from perennial.agents.networks import Acting, WrittenOut
 from perennial.agents.off_policy import step_into
+from perennial.agents.passes import written_out
 from perennial.agents.q_network import build_q_net, layer_keys, look, q_passes
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.streams import Streams, torch_generator
@@ -119,7 +120,7 @@ class DQN:
         self.aside = aside = Aside(threads > 1 and plain)
         if threads > 1 and on_cpu and images and not plain:
             torch.set_num_threads(threads)
-        self.acting = Acting(self.net) if on_cpu and WrittenOut.fits(self.net) else None  # type: ignore[arg-type]
+        self.acting = Acting(self.net) if on_cpu and written_out(self.net) else None  # type: ignore[arg-type]
         self.online, self.choosing = q_passes(self.net, aside), q_passes(self.net, aside, False)
         self.delayed = q_passes(self.targets, aside, False)
         self.clip = Clip(self.net.parameters(), config.max_grad_norm)

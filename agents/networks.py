@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from perennial.agents.aside import Aside, Step
 from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.norms import BatchedLayerNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -177,6 +177,22 @@ class Autograd(Training):
         return d_input[..., -last:]
 
 
+def spelled(net: nn.Module) -> str:
+    """A sequence as letters: linear layers with biases, norms, one known activation, `?` for
+    anything else. Nothing where there are forward hooks (injected heads have some), which only
+    modules run."""
+    modules = list(net) if isinstance(net, nn.Sequential) else []
+    if len(modules) < 3 or any(module._forward_hooks for module in (net, *modules)):
+        return ""
+    letters: dict[type, str] = {BatchedLinear: "l", BatchedLayerNorm: "n"}
+    if type(modules[-2]) in WRITTEN_OUT:
+        letters[type(modules[-2])] = "a"
+    return "".join(
+        "?" if isinstance(m, BatchedLinear) and m.bias is None else letters.get(type(m), "?")
+        for m in modules
+    )
+
+
 def _tensors(layer: BatchedLinear) -> tuple[Tensor, Tensor]:
     """Weight and bias without their place in autograd; they share memory with the parameters."""
     assert layer.bias is not None
@@ -193,10 +209,9 @@ class WrittenOut(Training):
 
     def __init__(self, net: MLP, only: slice | None = None):
         """`only`: the copies to serve, for passes of one network in two threads."""
-        modules = list(net)
         self.only = only = slice(None) if only is None else only
-        self.layers: list[BatchedLinear] = [m for m in modules if isinstance(m, BatchedLinear)]
-        self.activate, self.differentiate = WRITTEN_OUT[type(modules[1])]
+        self.layers: list[BatchedLinear] = [m for m in net if isinstance(m, BatchedLinear)]
+        self.activate, self.differentiate = WRITTEN_OUT[type(net[-2])]
         self.copies = len(range(self.layers[0].copies)[only])
         # One copy is the ordinary case: plain matrix products on views made once.
         self.parts = [
@@ -214,19 +229,8 @@ class WrittenOut(Training):
 
     @staticmethod
     def fits(net: nn.Module) -> bool:
-        """Whether `net` is a plain MLP: linear and known activation in turn, nothing else, and no
-        forward hooks (injected heads have some), which only modules run."""
-        modules = list(net) if isinstance(net, nn.Sequential) else []
-        if any(module._forward_hooks for module in (net, *modules)):
-            return False
-        return (
-            len(modules) >= 3
-            and all(
-                type(m) is BatchedLinear if k % 2 == 0 else type(m) is type(modules[1])
-                for k, m in enumerate(modules)
-            )
-            and type(modules[1]) in WRITTEN_OUT
-        )
+        """Whether `net` is a plain MLP: linear and one known activation in turn, nothing else."""
+        return re.fullmatch("(la)+l", spelled(net)) is not None
 
     def _space(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         if batch not in self.buffers:
@@ -333,40 +337,3 @@ class WrittenOut(Training):
             torch.matmul(gradient, weights[k], out=spare[k - 1])
             gradient = self.differentiate(spare[k - 1], hidden[k])
         return gradient @ weights[0]
-
-
-class Acting:
-    """Forward of a plain MLP for a few observations at a time, in numpy on the weights' own memory.
-
-    One observation through 256-256 costs a third of what a torch forward does: there is little to
-    compute, so what counts is the overhead of each operation.
-    """
-
-    _ACTIVATIONS: ClassVar[dict[type[nn.Module], Any]] = {
-        nn.ReLU: lambda h: np.maximum(h, 0.0, out=h),
-        nn.Tanh: lambda h: np.tanh(h, out=h),
-    }
-
-    def __init__(self, net: MLP):
-        layers = [m for m in net if isinstance(m, BatchedLinear)]
-        self.activate = self._ACTIVATIONS[type(net[1])]
-        self.copies = [
-            [(weight[s].numpy().T, bias[s].numpy()) for weight, bias in map(_tensors, layers)]
-            for s in range(layers[0].copies)
-        ]
-
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        """Outputs [S, E, n_out] of observations [S, E, n_in]."""
-        if len(self.copies) == 1:
-            return self._one(x[0], self.copies[0])[None]
-        return np.stack(
-            [self._one(rows, layers) for rows, layers in zip(x, self.copies, strict=True)]
-        )
-
-    def _one(self, h: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        for weight, bias in layers[:-1]:
-            h = h @ weight
-            h += bias
-            self.activate(h)
-        weight, bias = layers[-1]
-        return h @ weight + bias

@@ -10,6 +10,12 @@ from perennial.agents.networks import Autograd, WrittenOut
 Passes = Autograd | WrittenOut
 
 
+def written_out(net: nn.Module) -> bool:
+    """Whether `passes` of a network need no autograd: then threads serve it better by halves than
+    by sharing operations."""
+    return CompiledMLP.fits(net) or WrittenOut.fits(net)
+
+
 def passes(net: nn.Module, learns: bool = True, only: slice | None = None) -> Passes:
     """Passes of `net`; only plain networks can serve some of their copies.
 

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.agents.acting import Acting
 from perennial.agents.actor_critic import check_actions, observation_size
 from perennial.agents.aside import Aside, Step
 from perennial.agents.config import SACConfig
 from perennial.agents.critics import TWINS, Inputs, Soft, TwinCritics
 from perennial.agents.episodes import Episodes
-from perennial.agents.networks import MLP, Acting, WrittenOut
+from perennial.agents.networks import MLP
 from perennial.agents.off_policy import step_into
-from perennial.agents.passes import passes
+from perennial.agents.passes import passes, written_out
 from perennial.agents.replay import Replay, Sample
 from perennial.agents.squashed import SquashedGaussian
 from perennial.agents.streams import Streams, torch_generator
@@ -87,7 +88,7 @@ class SAC:
             hooks=False,
         )
         on_cpu = torch.device(device).type == "cpu"
-        plain = WrittenOut.fits(self.actor)
+        plain = written_out(self.actor)
         threaded = threads > 1 and on_cpu
         like = self.log_ent_coef.detach()
         self.critics = TwinCritics(config, (n_obs, n_act), seeds, like, threaded)

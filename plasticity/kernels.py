@@ -29,11 +29,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TYPES = (torch.float32, torch.float64)
 
 
-def compiled(function: _Function) -> _Function:
-    """The same, compiled at its first call for the types it gets; holds no interpreter's lock."""
+def compiled(function: _Function, reorders: bool = False) -> _Function:
+    """The same, compiled at its first call for the types it gets; holds no interpreter's lock.
+
+    reorders: sums may be taken in any order, several terms at a time.
+    """
     if numba is None:
         return function
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    if reorders:
+        options["fastmath"] = {"reassoc"}
     try:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder to keep it in: compiled anew by every process

@@ -1,5 +1,6 @@
 """The written-out passes and gradients against autograd, loop against batch."""
 
+import copy as copying
 import itertools
 import threading
 
@@ -16,19 +17,32 @@ from perennial.agents.networks import MLP, Autograd, WrittenOut
 from perennial.agents.passes import passes
 from perennial.agents.streams import Streams, torch_generator
 from perennial.plasticity import find_units, kernels
-from perennial.plasticity.copies import Init
+from perennial.plasticity.architecture import rewrite
+from perennial.plasticity.copies import BatchedLinear, Init
+from perennial.plasticity.norms import BatchedLayerNorm
 
 
-def network(seeds, activation="relu"):
+def network(seeds, activation="relu", methods=()):
     generators = [torch_generator(s, "init") for s in seeds]
     init = Init("orthogonal", 2**0.5)
-    return MLP(len(seeds), (5, 16, 12, 3), activation, init, init, generators).double()
+    net = MLP(len(seeds), (5, 16, 12, 3), activation, init, init, generators)
+    for module in rewrite(net, methods).modules():
+        if isinstance(module, BatchedLayerNorm) and module.weight is not None:
+            torch.nn.init.normal_(module.weight, 1.0, 0.3)
+            torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    return net.double()
+
+
+NORMS = ["layer-norm", "layer-norm:affine=false"]
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_written_out_passes_equal_autograd(copies, activation):
-    net = network(range(copies), activation)
+@pytest.mark.parametrize(
+    ("activation", "methods"), [("relu", ()), ("tanh", ()), *(("relu", norm) for norm in NORMS)]
+)
+def test_written_out_passes_equal_autograd(copies, activation, methods):
+    torch.manual_seed(0)
+    net = network(range(copies), activation, methods)
     x, gradient = torch.randn(copies, 7, 5).double(), torch.randn(copies, 7, 3).double()
     seen = []
     fast = passes(net)
@@ -48,17 +62,19 @@ def test_written_out_passes_equal_autograd(copies, activation):
     assert torch.allclose(slow.input_gradient(gradient, 5), d_input, atol=1e-12)
     for name, p in net.named_parameters():
         assert torch.allclose(p.grad, ours[name], atol=1e-12) or not p.grad.any(), name
-    assert [layer for layer, _ in seen[:3]] == [net[0], net[2], net[4]]
+    assert [layer for layer, _ in seen[:3]] == [m for m in net if isinstance(m, BatchedLinear)]
     assert torch.equal(seen[0][1], x) and seen[2][1].shape == (copies, 7, 12)
 
 
+@pytest.mark.parametrize("methods", [(), "layer-norm"])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_rows_that_ask_for_no_gradient_are_left_out_of_large_products(copies):
+def test_rows_that_ask_for_no_gradient_are_left_out_of_large_products(copies, methods):
     """And gradients by the weights are the same with a second thread."""
     torch.manual_seed(0)
     init = Init("orthogonal", 2**0.5)
     generators = [torch_generator(s, "init") for s in range(copies)]
-    net = MLP(copies, (9, 160, 160, 2), "relu", init, init, generators).double()
+    net = MLP(copies, (9, 160, 160, 2), "relu", init, init, generators)
+    rewrite(net, methods).double()
     x, gradient = torch.randn(copies, 300, 9).double(), torch.randn(copies, 300, 2).double()
     gradient[:, :200:2] = 0.0
     gradient[-1, 100:] = 0.0
@@ -99,14 +115,19 @@ def test_passes_of_some_copies_serve_them_alone():
 
 
 @pytest.mark.parametrize(
-    ("kind", "halves"),
-    [(Autograd, False), *itertools.product((WrittenOut, CompiledMLP), (False, True))],
+    ("kind", "halves", "methods"),
+    [
+        (Autograd, False, ()),
+        *itertools.product((WrittenOut, CompiledMLP), (False, True), [()]),
+        *itertools.product((CompiledMLP,), (False, True), NORMS),
+    ],
 )
 @pytest.mark.parametrize("sharing", [1, 2, 4])
-def test_passes_laid_out_once_serve_many_calls(kind, halves, sharing):
+def test_passes_laid_out_once_serve_many_calls(kind, halves, methods, sharing):
     """Also of some copies, where several share their inputs, and told to who records."""
     torch.manual_seed(0)
-    net, expected = network(range(4)), Autograd(network(range(4)))
+    net = network(range(4), methods=methods)
+    expected = Autograd(copying.deepcopy(net))
     cuts = [slice(0, 1), slice(1, 4)] if halves else [None]
     parts = [kind(net, cut) if halves else kind(net) for cut in cuts]
     x, out, gradient = (
@@ -132,7 +153,7 @@ def test_passes_laid_out_once_serve_many_calls(kind, halves, sharing):
             assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12)
         expected.forward(whole, wants_input=True)
         assert torch.allclose(d_input, expected.input_gradient(gradient, 2), rtol=0, atol=1e-12)
-        layers = len(list(net.parameters())) // 2
+        layers = sum(isinstance(m, BatchedLinear) for m in net)
         for k, part in enumerate(parts if seen else []):
             assert torch.equal(seen[k * layers], whole[part.only])
 

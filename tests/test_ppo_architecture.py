@@ -86,7 +86,7 @@ def test_state_continues_bit_for_bit(plasticity):
 
 
 def test_only_plain_networks_take_the_written_out_passes():
-    for method, kind in (("weight-norm", WrittenOut), ("crelu", Autograd), ("nap", Autograd)):
+    for method, kind in (("layer-norm", WrittenOut), ("crelu", Autograd), ("nap", Autograd)):
         agent, _ = agent_of((0,), [method])
         assert isinstance(agent.sides.passes[0], kind)
         assert (agent.sides.acting is None) == (kind is Autograd)
