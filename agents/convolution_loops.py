@@ -4,8 +4,9 @@ A convolution is many small products: the numbers under the kernel, times its we
 pixel put out. They are added up in `_tile`, which holds the sums of up to twelve pixels and two
 registers of channels while it walks over patches where they lie: rows of a patch are runs in
 memory. The gradients by weights and by inputs are sums of the same form over other strides.
-Measured for 16 images on one AVX-512 core: these loops do 190 GFLOP/s in all layers of the Nature
-CNN, oneDNN 110 to 160 and matrix products of patches, laid out beside, less.
+Measured for 16 images on one AVX-512 core, through the convolutions of the Nature CNN: 1.4 ms
+forward and 2.1 ms backward, oneDNN with torch's scaling of pixels and ReLUs 2.4 and 3.1 ms. Before
+a BLAS, laying out patches costs another 0.4 of its products' time.
 
 Images lie as `[height, width, channels]`, the pixels that are seen as `[height, channels, width]`,
 each image by itself. Kernels lie as patches do, `[taps, n_out]`. Everything is flat, and a table
