@@ -17,6 +17,7 @@ weights, and its outputs begin, the latter for one image. `ready` says whether t
 
 from __future__ import annotations
 
+from platform import machine
 from typing import Any
 
 from perennial.plasticity import kernels
@@ -33,13 +34,15 @@ else:
     ready = kernels.numba is not None
 
 
-def _wide() -> bool:
-    """Whether numba compiles for a processor with 32 registers of 64 bytes."""
+def _compiles_for(feature: str) -> bool:
+    """Whether numba compiles for an x86 processor that has this."""
     asked = config.CPU_FEATURES  # type: ignore[attr-defined]
-    return "+avx512f" in (get_host_cpu_features() if asked is None else asked)
+    return f"+{feature}" in (get_host_cpu_features() if asked is None else asked)
 
 
-_WIDE = ready and _wide()
+# Processors without fused multiply-add, x86 of before 2013, would call a function for each.
+ready = ready and (machine().lower() not in ("x86_64", "amd64") or _compiles_for("fma"))
+_WIDE = ready and _compiles_for("avx512f")  # 32 registers of 64 bytes
 _REGISTER = 64 if _WIDE else 32  # bytes of a vector
 _MOST = 12 if _WIDE else 6  # sums of two registers each that leave some for the factors
 
