@@ -1,8 +1,8 @@
 """DQN beside Stable-Baselines3's, on Pong and CartPole: `perennial bench dqn`.
 
 On Pong an update of 32 transitions every 4 env steps (16 frames), so convolutions are what costs.
-Beside the rates stand what the environment alone, the arithmetic of acting and that of updates
-would allow on the same cores.
+Beside the rates stand what the environment alone, and torch's own convolutions and products of
+acting and of updates, would allow on the same cores.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _ours(env: str, steps: int, **given: Any) -> tuple[float, dict[str, float]]:
 
 
 def bench_dqn(stream: TextIO) -> dict[str, Any]:
-    """DQN on Pong and CartPole: one seed on all cores, a seed per core, what bounds Pong."""
+    """DQN on Pong and CartPole: one seed on all cores, a seed per core; Pong's parts alone."""
     table, available = Table(), cores()
     seconds: dict[str, float] = {}
     pong, side = "Pong, 1 seed", f"Pong, {available} seeds"
@@ -173,17 +173,17 @@ def bench_dqn(stream: TextIO) -> dict[str, Any]:
             )
         }  # fmt: skip
         table.add("Pong alone", alone["environment_alone"])
-        table.add("acting: products alone", alone["acting_alone"])
-        table.add("updating: products alone, all cores", _EVERY * alone["updates_alone"])
+        table.add("acting: torch's operations alone", alone["acting_alone"])
+        table.add("updating: torch's operations alone, all cores", _EVERY * alone["updates_alone"])
         inverse = sum(1 / table.rows[name][-1] for name in list(table.rows)[-3:])
-        table.add("Pong, acting and updating in turn", 1 / inverse)
+        table.add("Pong, acting and updating in turn, by torch", 1 / inverse)
     spent = sum(seconds.values())
     ratios = {
         "Pong, 1 seed: perennial / sb3": table.ratio(f"perennial, {pong}", f"sb3, {pong}"),
         f"{side}: perennial / sb3": table.ratio(f"perennial, {side}", f"sb3, {side}"),
         "CartPole: perennial / sb3": table.ratio("perennial, CartPole", "sb3, CartPole"),
-        "Pong, 1 seed: of the bound by all three": table.ratio(
-            f"perennial, {pong}", "Pong, acting and updating in turn"
+        "Pong, 1 seed: of all three in turn, by torch": table.ratio(
+            f"perennial, {pong}", "Pong, acting and updating in turn, by torch"
         ),
         **{f"share of time: {part}": value / spent for part, value in seconds.items()},
     }
