@@ -342,3 +342,11 @@ def approach(tensor: np.ndarray, goal: np.ndarray, share: float) -> None:
     part = tensor.dtype.type(share)
     for i in range(tensor.size):
         tensor[i] += (goal[i] - tensor[i]) * part
+
+
+@compiled
+def pull(grad: np.ndarray, weight: np.ndarray, origin: np.ndarray, strength: float) -> None:
+    """Add `strength` times the way from `origin` to `weight`, all `[n]`."""
+    part = grad.dtype.type(strength)
+    for i in range(grad.size):
+        grad[i] += (weight[i] - origin[i]) * part

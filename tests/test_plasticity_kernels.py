@@ -31,8 +31,10 @@ def _without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         ([CBP], batched_images),  # a channel owns a block of columns
         ([CBP, "crelu"], batched),  # a unit owns two columns
         (["snr:percentile=0.6,initial=1,every=5,check=2"], batched),
+        (["l2-init:strength=0.3"], batched),
+        (["l2-init:strength=0.3", CBP], plain),
     ],
-    ids=["cbp", "redo", "plain", "images", "crelu", "snr"],
+    ids=["cbp", "redo", "plain", "images", "crelu", "snr", "l2-init", "l2-init, plain"],
 )
 def test_loops_train_as_tensor_operations_do(
     specs: list[str],
@@ -52,6 +54,19 @@ def test_loops_train_as_tensor_operations_do(
     theirs = usual.tensors()
     for key, value in loops.tensors().items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-8, atol=1e-9, msg=key)
+
+
+def test_a_network_that_moved_is_pulled_where_it_is() -> None:
+    run = Run(["l2-init:strength=0.3"], (0,), network=batched)
+    data = batches((0,), 2)
+    run.train(data[:1])
+    for p in run.net.parameters():
+        p.data = p.detach().clone()
+        p.grad = None
+    run.train(data[1:])
+    usual = Run(["l2-init:strength=0.3"], (0,), network=batched).train(data)
+    for ours, theirs in zip(run.net.parameters(), usual.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_copies_that_stand_still_are_left_out_of_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
