@@ -53,7 +53,8 @@ class CompiledMLP(WrittenOut):
                 self._eps[k] = norm.eps
         self._copies = np.arange(self.layers[0].copies)[self.only]
         self._spaces: dict[int, _Space] = {}
-        self._given = np.zeros((0, 0, 0)), self._copies  # inputs, and which are each copy's
+        self._each = np.arange(self.copies)  # every copy has inputs of its own
+        self._given = np.zeros((0, 0, 0)), self._each  # inputs, and which are each copy's
         self._others: np.ndarray | None = None  # gradients of the other thread's rows
 
     @staticmethod
@@ -86,7 +87,7 @@ class CompiledMLP(WrittenOut):
     def forward(self, x: Tensor, record: Record | None = None, wants_input: bool = False) -> Tensor:
         """As `WrittenOut.forward`."""
         out = self._at(x.shape[1]).outs[-1]
-        self._forward(x.contiguous(), np.arange(self.copies), out, record)()
+        self._forward(x.contiguous(), self._each, out, record)()
         return out
 
     def forward_later(
@@ -94,6 +95,8 @@ class CompiledMLP(WrittenOut):
     ) -> Step:
         """`forward` into `out`."""
         sources = self._copies * len(x) // len(out)
+        if len(x) == self.copies and (sources == self._each).all():
+            sources = self._each
         return self._forward(x, sources, out[self.only], record)
 
     def _forward(self, x: Tensor, sources: np.ndarray, out: Tensor, record: Record | None) -> Step:
@@ -106,11 +109,10 @@ class CompiledMLP(WrittenOut):
         if record is None:
             return run
 
-        each = np.array_equal(sources, np.arange(len(x)))
-
         def recorded() -> None:
             run()
-            seen = [x if each else x[torch.from_numpy(sources)], *space.outs[:-1]]
+            own = x if sources is self._each else x[torch.from_numpy(sources)]
+            seen = [own, *space.outs[:-1]]
             for layer, h in zip(self.layers, seen, strict=True):
                 record(layer, h)
 

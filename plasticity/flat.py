@@ -54,6 +54,28 @@ def span(run: Sequence[Tensor]) -> Tensor:
     return run[0].detach().as_strided((size,), (1,), run[0].storage_offset())
 
 
+class SideBySide:
+    """Several rows of tensors as few long ones; looked at again only where a tensor has moved."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._spans: list[tuple[Tensor, ...]] = []
+
+    def spans(self, *rows: Sequence[Tensor]) -> list[tuple[Tensor, ...]] | None:
+        """Of each run of tensors that stand side by side in every row, their elements `[n]` of each
+        row; None where tensors are not contiguous, on other devices, and under a compiler, which
+        sees no memory."""
+        if torch.compiler.is_compiling():
+            return None
+        places = [t.data_ptr() for row in rows for t in row]
+        if places != self._places:
+            if not all(map(_fit, rows)):
+                return None
+            self._places = places
+            self._spans = [tuple(span(row[run]) for row in rows) for run in adjacent(*rows)]
+        return self._spans
+
+
 def _follows(a: Tensor, b: Tensor) -> bool:
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

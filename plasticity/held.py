@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from perennial.plasticity.flat import SideBySide, flatten
+
 
 class Held:
     """Keeps one pull per parameter as buffers `pull_<k>` `[S, ...]` of a method.
@@ -24,6 +26,10 @@ class Held:
             shape = p.shape if batched else (1, *p.shape)
             owner.register_buffer(f"pull_{number}", p.new_zeros(shape).detach())
             self.pulls.append(owner.get_buffer(f"pull_{number}"))
+        if batched:
+            flatten(self.pulls)
+        # Elsewhere gradients are new tensors at every step.
+        self._flat = SideBySide() if batched else None
         self._seen = [pull if batched else pull[0] for pull in self.pulls]
 
     def replace(self, pulls: Sequence[Tensor], due: Tensor) -> None:
@@ -38,5 +44,11 @@ class Held:
             for p, pull in zip(self.parameters, self._seen, strict=True)
             if p.grad is not None
         ]
-        if pairs:
-            torch._foreach_add_([grad for grad, _ in pairs], [pull for _, pull in pairs])
+        if not pairs:
+            return
+        grads, pulls = [grad for grad, _ in pairs], [pull for _, pull in pairs]
+        spans = self._flat.spans(grads, pulls) if self._flat is not None else None
+        if spans is None:
+            torch._foreach_add_(grads, pulls)
+        for grad, pull in spans or ():
+            grad.add_(pull)

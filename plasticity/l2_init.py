@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from perennial.plasticity import kernels
 from perennial.plasticity.base import FRESH, Intervention, Stage
-from perennial.plasticity.flat import adjacent, flatten, span
+from perennial.plasticity.flat import SideBySide, flatten
 from perennial.plasticity.registry import check, default
 from perennial.plasticity.regularize import in_scope
 from perennial.plasticity.surgery import fresh_rows
@@ -85,8 +84,7 @@ class L2Init(Intervention):
         for number, (_, p) in enumerate(self._groups):
             origin = p.detach().clone(memory_format=torch.contiguous_format)
             self.register_buffer(f"origin_{number}", origin if self._batched else origin[None])
-        self._places: list[int] = []  # of the tensors that `_runs` are made of
-        self._runs: list[list[np.ndarray]] = []
+        self._flat = SideBySide()
         self._loaded()
 
     def _loaded(self) -> None:
@@ -115,31 +113,19 @@ class L2Init(Intervention):
         weights: list[Tensor] = [p for p, _, _, _ in chosen]
         grads = [grad for _, grad, _, _ in chosen]
         origins = [origin for _, _, origin, _ in chosen]
-        plain = self.distance == "l2" and not self.average and not self.decoupled
-        if plain and self._pulled_by_loops(grads, weights, origins):
-            return
+        if self.distance == "l2" and not self.average and not self.decoupled:
+            # Elsewhere gradients are new tensors at every step.
+            spans = self._flat.spans(grads, weights, origins) if self._batched else None
+            if spans and all(kernels.ready(*run) for run in spans):
+                for run in spans:
+                    grad, weight, origin = map(kernels.array, run)
+                    kernels.pull(grad, weight, origin, self.strength)
+                return
         pulls = self._pulls(weights, origins)
         if self.decoupled:
             self._move(weights, pulls, [place for _, _, _, place in chosen])
         else:
             torch._foreach_add_(grads, pulls, alpha=self.strength)
-
-    def _pulled_by_loops(
-        self, grads: list[Tensor], weights: list[Tensor], origins: list[Tensor]
-    ) -> bool:
-        """The pull where compiled loops can do it: one for all that stands side by side."""
-        if torch.compiler.is_compiling() or not kernels.ready(*grads, *weights, *origins):
-            return False
-        places = [t.data_ptr() for t in (*grads, *weights, *origins)]
-        if places != self._places:
-            rows = grads, [w.detach() for w in weights], origins
-            self._places = places
-            self._runs = [
-                [kernels.array(span(row[run])) for row in rows] for run in adjacent(*rows)
-            ]
-        for grad, weight, origin in self._runs:
-            kernels.pull(grad, weight, origin, self.strength)
-        return True
 
     def _move(self, weights: list[Tensor], pulls: list[Tensor], places: list[int]) -> None:
         """Move weights against the pulls by their group's learning rate."""

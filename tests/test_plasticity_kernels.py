@@ -32,9 +32,9 @@ def _without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         ([CBP, "crelu"], batched),  # a unit owns two columns
         (["snr:percentile=0.6,initial=1,every=5,check=2"], batched),
         (["l2-init:strength=0.3"], batched),
-        (["l2-init:strength=0.3", CBP], plain),
+        (["l2-init:strength=0.3", CBP], batched_images),
     ],
-    ids=["cbp", "redo", "plain", "images", "crelu", "snr", "l2-init", "l2-init, plain"],
+    ids=["cbp", "redo", "plain", "images", "crelu", "snr", "l2-init", "l2-init, images"],
 )
 def test_loops_train_as_tensor_operations_do(
     specs: list[str],
@@ -56,15 +56,16 @@ def test_loops_train_as_tensor_operations_do(
         torch.testing.assert_close(value, theirs[key], rtol=1e-8, atol=1e-9, msg=key)
 
 
-def test_a_network_that_moved_is_pulled_where_it_is() -> None:
-    run = Run(["l2-init:strength=0.3"], (0,), network=batched)
-    data = batches((0,), 2)
+@pytest.mark.parametrize("spec", ["l2-init:strength=0.3", "parseval:strength=0.3,every=2"])
+def test_a_network_that_moved_is_pulled_where_it_is(spec: str) -> None:
+    data = batches((0,), 5)
+    usual = Run([spec], (0,), network=batched).train(data)
+    run = Run([spec], (0,), network=batched)
     run.train(data[:1])
     for p in run.net.parameters():
         p.data = p.detach().clone()
         p.grad = None
     run.train(data[1:])
-    usual = Run(["l2-init:strength=0.3"], (0,), network=batched).train(data)
     for ours, theirs in zip(run.net.parameters(), usual.net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
