@@ -182,8 +182,8 @@ class AtariBank:
         rest = (frame_skip, stickiness, max_frames)
         self._helpers = [_Helper(len(span), *rest) for span in self._spans[1:]]
         here = _Here(len(self._spans[0]), *rest)
-        self._callers: list[Caller] = [*self._helpers, here]  # this process works while they do
-        self._spans = [*self._spans[1:], self._spans[0]]
+        # It works when it is asked for its results: first, while the helpers do.
+        self._callers: list[Caller] = [here, *self._helpers]
         self._place = {
             lane: (caller, lane - span.start)
             for caller, span in enumerate(self._spans)
@@ -225,7 +225,7 @@ class AtariBank:
         shares: dict[int, list[int]] = {}
         for i, (lane, *_) in enumerate(jobs):
             shares.setdefault(self._place[lane][0], []).append(i)
-        callers = sorted(shares)  # helpers before this process
+        callers = sorted(shares)  # this process first
         for caller in callers:
             local = [(self._place[jobs[i][0]][1], *jobs[i][1:]) for i in shares[caller]]
             self._callers[caller].send(method, local)

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 
 import perennial.envs  # noqa: F401
-from perennial.envs import make_vec
+from perennial.envs import atari_bank, make_vec
 from tests.states import through_files
 
 ENV_ID = "perennial/AtariSwitch-v0"
@@ -267,7 +267,7 @@ def test_a_helper_that_dies_is_one_line() -> None:
 
 OWNER = """
 import time
-from perennial.envs import make_vec
+from perennial.envs import atari_bank, make_vec
 envs = make_vec("perennial/AtariSwitch-v0", 2, schedule_seeds=[0], games="Pong", threads=2)
 envs.reset(seed=0)
 print(envs._bank._helpers[0]._process.pid, flush=True)
@@ -288,3 +288,22 @@ def test_helpers_end_with_a_killed_process() -> None:
         time.sleep(0.1)
     else:
         pytest.fail("the helper outlived its owner")
+
+
+def test_this_process_plays_while_its_helpers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = make_vec(ENV_ID, 4, threads=2, games=GAMES[:1])
+    envs.reset(seed=0)
+    order: list[str] = []
+
+    def noted(name: str, call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            order.append(name)
+            return call(*args)
+
+        return run
+
+    for kind, method in ((atari_bank.Row, "step"), (atari_bank._Helper, "receive")):
+        monkeypatch.setattr(kind, method, noted(method, getattr(kind, method)))
+    envs.step(np.zeros(4, int))
+    assert order == ["step", "receive"]
+    envs.close()
