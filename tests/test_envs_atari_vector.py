@@ -291,7 +291,7 @@ def test_helpers_end_with_a_killed_process() -> None:
 
 
 def test_this_process_plays_while_its_helpers_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    envs = make_vec(ENV_ID, 4, threads=2, games=GAMES[:1])
+    envs = make_vec(ENV_ID, 4, schedule_seeds=(0,), threads=2, games=GAMES[:1])
     envs.reset(seed=0)
     order: list[str] = []
 
