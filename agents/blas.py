@@ -74,6 +74,9 @@ if ready:
         def run(a, b, out, turn_a, turn_b):  # type: ignore[no-untyped-def]
             rows, columns = out.shape
             inner = a.shape[0] if turn_a else a.shape[1]
+            if rows == 0 or columns == 0 or inner == 0:  # which the BLAS would complain about
+                out[:] = 0
+                return
             size = out.itemsize
             words = np.array(
                 [

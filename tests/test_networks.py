@@ -216,6 +216,24 @@ def test_products_inside_loops_equal_numpy(dtype):
     np.testing.assert_allclose(out, a @ wide[:, 11:], rtol=1e-4, atol=1e-6)
 
 
+def test_products_without_rows_or_terms_are_zero_and_silent(capfd):
+    for rows, inner, columns in ((0, 6, 9), (4, 0, 9), (4, 6, 0)):
+        out = np.full((rows, columns), np.nan)
+        for turn_a, turn_b in itertools.product((False, True), repeat=2):
+            a = np.ones((inner, rows) if turn_a else (rows, inner))
+            b = np.ones((columns, inner) if turn_b else (inner, columns))
+            _products(a, b, out, turn_a, turn_b)
+        assert not out.any()
+    net = network([0])
+    served = passes(net)
+    served.forward(torch.randn(1, 7, 5).double())
+    assert not served.input_gradient(torch.zeros(1, 7, 3).double(), 2).any()
+    served.forward(torch.randn(1, 1, 5).double())
+    served.backward(torch.ones(1, 1, 3).double(), Aside(True))  # one row for two threads
+    assert torch.equal(net[4].bias.grad, torch.ones(1, 3).double())
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("threaded", [False, True])
 def test_errors_of_either_thread_arrive_and_the_next_pair_works(threaded):
     aside = Aside(threaded)

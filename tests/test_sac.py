@@ -204,7 +204,7 @@ def test_two_threads_and_seeds_in_company_change_nothing(value_loss):
     env = gym.make("Pendulum-v1")
     agents = [
         SAC(config, env.observation_space, env.action_space, seeds, "cpu", threads, torch.float64)
-        for seeds, threads in (((7,), 1), ((7,), 2), ((3, 7, 5), 1))
+        for seeds, threads in (((7,), 1), ((7,), 2), ((3, 7, 5), 1), ((3, 7, 5), 2))
     ]
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -216,7 +216,7 @@ def test_two_threads_and_seeds_in_company_change_nothing(value_loss):
             copies = len(agent.seeds)
             several = Sample(*(np.repeat(x, copies, 0) for x in sample[:5]))
             agent.learn(several, noise.expand(copies, -1, -1, -1))
-    for place, agent in ((0, agents[1]), (1, agents[2])):
+    for place, agent in ((0, agents[1]), (1, agents[2]), (1, agents[3])):
         for a, b in zip(agents[0].actor.parameters(), agent.actor.parameters(), strict=True):
             assert (a[0] - b[place]).abs().max() < 1e-9
         for a, b in zip(
