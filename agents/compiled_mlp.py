@@ -338,7 +338,7 @@ def _backward(  # type: ignore[no-untyped-def]
 def _input_gradient(  # type: ignore[no-untyped-def]
     gradient, weights, layers, eps, copies, space, normals, scales, spare, places, found
 ):
-    """Gradient by the last inputs into `found` [k, B, last], of the rows that have one, if any; else
+    """Gradient by the last inputs into `found` [k, B, last], of rows that have one, if any; else
     zero."""
     batch, last = found.shape[1], found.shape[2]
     found[:] = 0
