@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from perennial.agents.networks import MLP
+from perennial.agents.networks import MLP, norms_of
 from perennial.plasticity.copies import BatchedLinear
 from perennial.plasticity.norms import BatchedLayerNorm
 
@@ -27,7 +27,7 @@ class Acting:
 
     def __init__(self, net: MLP):
         self.activate = self._ACTIVATIONS[type(net[-2])]
-        norms = dict(zip(net, [*net][1:], strict=False))
+        norms = norms_of(net)
         layers = [m for m in net if isinstance(m, BatchedLinear)]
         copies = range(layers[0].copies)
         self.copies = [[_of(layer, norms.get(layer), s) for layer in layers] for s in copies]
@@ -51,17 +51,15 @@ class Acting:
         return h @ weight + bias
 
 
-def _of(layer: BatchedLinear, norm: nn.Module | None, copy: int) -> tuple[Any, ...]:
+def _of(layer: BatchedLinear, norm: BatchedLayerNorm | None, copy: int) -> tuple[Any, ...]:
     """Weights, biases and norm of one copy, on their own memory."""
     assert layer.bias is not None
     weight, bias = layer.weight.detach()[copy], layer.bias.detach()[copy]
-    return weight.numpy().T, bias.numpy(), _norm(norm, copy)
+    return weight.numpy().T, bias.numpy(), norm and _norm(norm, copy)
 
 
-def _norm(layer: nn.Module | None, copy: int) -> Callable[[np.ndarray], np.ndarray] | None:
+def _norm(layer: BatchedLayerNorm, copy: int) -> Callable[[np.ndarray], np.ndarray]:
     """What a norm does to rows of one copy."""
-    if not isinstance(layer, BatchedLayerNorm):
-        return None
     affine = [None if p is None else p.detach()[copy].numpy() for p in (layer.weight, layer.bias)]
     gain, offset = affine
 

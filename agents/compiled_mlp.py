@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from perennial.agents import blas
 from perennial.agents.aside import Aside, Step, in_turn
 from perennial.agents.blas import product
-from perennial.agents.networks import MLP, Record, WrittenOut, gradient_of, spelled
+from perennial.agents.networks import MLP, Record, WrittenOut, gradient_of, norms_of, spelled
 from perennial.plasticity import kernels
 from perennial.plasticity.flat import flatten
-from perennial.plasticity.norms import BatchedLayerNorm
 
 
 class CompiledMLP(WrittenOut):
@@ -44,11 +43,11 @@ class CompiledMLP(WrittenOut):
         # Of each layer: weights, biases, inputs, outputs, gains and offsets of a norm's.
         self._layers = np.zeros((len(self.layers), 6), np.int64)
         self._eps = np.full(len(self.layers), -1.0)
-        norms = dict(zip(net, [*net][1:], strict=False))
+        norms = norms_of(net)
         for k, layer in enumerate(self.layers):
             norm, sizes = norms.get(layer), layer.weight.shape[:0:-1]
             self._layers[k] = place(layer.weight), place(layer.bias), *sizes, -1, -1
-            if isinstance(norm, BatchedLayerNorm):
+            if norm is not None:
                 self._layers[k, 4:] = place(norm.weight), place(norm.bias)
                 self._eps[k] = norm.eps
         self._copies = np.arange(self.layers[0].copies)[self.only]
@@ -172,6 +171,9 @@ class _Space(NamedTuple):
     places: np.ndarray  # where each layer's begin, int64 [L + 1]
 
 
+_reordering = partial(kernels.compiled, reorders=True)
+
+
 @kernels.compiled
 def _add(total, more):  # type: ignore[no-untyped-def]
     for i in range(total.size):
@@ -197,6 +199,7 @@ def _sum_rows(d, normal, d_gain, d_offset):  # type: ignore[no-untyped-def]
             d_offset[i] += row[i]
 
 
+@_reordering
 def _normalise(row, normal, gain, offset, eps):  # type: ignore[no-untyped-def]
     """A row of pre-activations to activations in place, and to `normal`; 1 / their deviation."""
     number = row.dtype.type
@@ -220,6 +223,7 @@ def _normalise(row, normal, gain, offset, eps):  # type: ignore[no-untyped-def]
     return scale
 
 
+@_reordering
 def _through_norm(row, normal, gain, scale):  # type: ignore[no-untyped-def]
     """A row of gradients by what a norm gives to those by what it got, in place."""
     number = row.dtype.type
@@ -233,10 +237,6 @@ def _through_norm(row, normal, gain, scale):  # type: ignore[no-untyped-def]
     total, along = total / size, along / size
     for i in range(row.size):
         row[i] = scale * (row[i] - total - normal[i] * along)
-
-
-_normalise = kernels.compiled(_normalise, reorders=True)
-_through_norm = kernels.compiled(_through_norm, reorders=True)
 
 
 @kernels.compiled

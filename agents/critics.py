@@ -20,6 +20,7 @@ from perennial.agents.weights import load_weights, weights_of
 from perennial.plasticity import attach, find_units, kernels, make, metrics, values
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.architecture import rewrite
+from perennial.plasticity.categorical import Loss
 from perennial.plasticity.copies import Init
 from perennial.plasticity.flat import together
 from perennial.plasticity.kernels import array
@@ -72,6 +73,39 @@ class Inputs(NamedTuple):
             (self.discounts, discounts),
         ):
             target.copy_(source)
+
+
+def critic_loss(codec: values.Codec, outputs: Tensor, future: Tensor, soft: Soft) -> Loss:
+    """Half the sum over the twins [S], and its gradient [S, 2, B, m] by their outputs, on
+    `rewards + discounts * (the smaller of future - ent_coef * log_prob)`.
+
+    outputs, future [S, 2, B, m]: the critics' here, the targets' on what follows.
+    """
+    worth = soft.rewards - soft.discounts * soft.ent_coef[:, None] * soft.log_prob
+    goal = codec.backup(codec.smallest(future, dim=1), worth, soft.discounts)
+    loss, slope = codec.loss(outputs, goal[:, None])
+    return Loss(0.5 * loss.mean(-1).sum(1), slope * (0.5 / loss.shape[-1]))
+
+
+def actor_loss(codec: values.Codec, outputs: Tensor, ent_coef: Tensor, log_prob: Tensor) -> Loss:
+    """Mean [S] of `ent_coef * log_prob - the smaller of the twins' values`, and the gradient [S, 2,
+    B, m] of those values by `outputs`, which equal ones share."""
+    q, slope = decode(codec, outputs)
+    low = q.amin(1, keepdim=True)
+    share = (q == low).to(q.dtype)
+    gradient = slope * (share / share.sum(1, keepdim=True))[..., None]
+    return Loss((ent_coef[:, None] * log_prob - low[:, 0]).mean(-1), gradient)
+
+
+def decode(codec: values.Codec, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [...] of outputs [..., m] and their gradient by the outputs."""
+    if codec.outputs == 1:
+        return codec.decode(outputs), torch.ones_like(outputs)
+    leaf = outputs.clone().requires_grad_()
+    with torch.enable_grad():
+        decoded = codec.decode(leaf)
+    ones = torch.ones_like(decoded)
+    return decoded.detach(), torch.autograd.grad(decoded, leaf, ones)[0]
 
 
 class TwinCritics:
@@ -149,21 +183,11 @@ class TwinCritics:
     def errors_later(
         self, outputs: Tensor, future: Tensor, soft: Soft, loss: Tensor, gradient: Tensor
     ) -> Step:
-        """Losses [S], half the sum over the twins, and their gradient [S, 2, B, m] by `outputs`, on
-        `rewards + discounts * (the smaller of future - ent_coef * log_prob)`."""
+        """`critic_loss` into the last two."""
         given = outputs, future, *soft
         if isinstance(self.codec, values.MSE) and kernels.ready(*given):
             return partial(_twin_errors, *map(array, (*given, loss, gradient)))
-
-        def run() -> None:
-            worth = soft.rewards - soft.discounts * soft.ent_coef[:, None] * soft.log_prob
-            lesser = self.codec.smallest(future, dim=1)
-            goal = self.codec.backup(lesser, worth, soft.discounts)
-            found, slope = self.codec.loss(outputs, goal[:, None])
-            loss.copy_(0.5 * found.mean(-1).sum(1))
-            gradient.copy_(slope * (0.5 / found.shape[-1]))
-
-        return run
+        return lambda: _keep(critic_loss(self.codec, outputs, future, soft), loss, gradient)
 
     def learn_later(self, gradient: Tensor, pairs: Tensor, outputs: Tensor) -> Step:
         """One step by the gradient [S, 2, B, m] of what was looked at; then outputs [S, 2, B, m] of
@@ -185,30 +209,11 @@ class TwinCritics:
     def lesser_later(
         self, outputs: Tensor, ent_coef: Tensor, log_prob: Tensor, loss: Tensor, gradient: Tensor
     ) -> Step:
-        """The actor's loss [S], mean of `ent_coef * log_prob - the smaller of the twins' values`,
-        and the gradient [S, 2, B, m] of that value by `outputs`, which equal ones share."""
+        """`actor_loss` into the last two."""
         given = outputs, ent_coef, log_prob
         if isinstance(self.codec, values.MSE) and kernels.ready(*given):
             return partial(_lesser, *map(array, (*given, loss, gradient)))
-
-        def run() -> None:
-            q, slope = self.decode(outputs)
-            low = q.amin(1, keepdim=True)
-            share = (q == low).to(q.dtype)
-            gradient.copy_(slope * (share / share.sum(1, keepdim=True))[..., None])
-            loss.copy_((ent_coef[:, None] * log_prob - low[:, 0]).mean(-1))
-
-        return run
-
-    def decode(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [S, 2, B] of outputs [S, 2, B, m] and their gradient by the outputs."""
-        if self.codec.outputs == 1:
-            return self.codec.decode(outputs), torch.ones_like(outputs)
-        leaf = outputs.clone().requires_grad_()
-        with torch.enable_grad():
-            decoded = self.codec.decode(leaf)
-        ones = torch.ones_like(decoded)
-        return decoded.detach(), torch.autograd.grad(decoded, leaf, ones)[0]
+        return lambda: _keep(actor_loss(self.codec, *given), loss, gradient)
 
     def action_gradient_later(
         self, gradient: Tensor, found: Tensor, follow: Sequence[Sequence[Step]]
@@ -274,6 +279,11 @@ class TwinCritics:
             self.units.references.load_state_of(copy, state["metrics"])
 
 
+def _keep(found: Loss, loss: Tensor, gradient: Tensor) -> None:
+    loss.copy_(found.value)
+    gradient.copy_(found.gradient)
+
+
 @kernels.compiled
 def _smaller(a, b):  # type: ignore[no-untyped-def]
     """No number where either is none."""
@@ -284,7 +294,7 @@ def _smaller(a, b):  # type: ignore[no-untyped-def]
 def _twin_errors(  # type: ignore[no-untyped-def]
     outputs, future, rewards, discounts, ent_coef, log_prob, losses, gradient
 ):
-    """`TwinCritics.errors_later` of values themselves."""
+    """`critic_loss` of values themselves into the last two."""
     batch = rewards.shape[1]
     for c in range(len(losses)):
         total = 0.0
@@ -300,7 +310,7 @@ def _twin_errors(  # type: ignore[no-untyped-def]
 
 @kernels.compiled
 def _lesser(outputs, ent_coef, log_prob, losses, gradient):  # type: ignore[no-untyped-def]
-    """`TwinCritics.lesser_later` of values themselves."""
+    """`actor_loss` of values themselves into the last two."""
     batch = outputs.shape[2]
     for c in range(outputs.shape[0]):
         total = 0.0

@@ -193,6 +193,13 @@ def spelled(net: nn.Module) -> str:
     )
 
 
+def norms_of(net: MLP) -> dict[nn.Module, BatchedLayerNorm]:
+    """The norm that follows a layer, where one does."""
+    return {
+        layer: norm for layer, norm in itertools.pairwise(net) if isinstance(norm, BatchedLayerNorm)
+    }
+
+
 def _tensors(layer: BatchedLinear) -> tuple[Tensor, Tensor]:
     """Weight and bias without their place in autograd; they share memory with the parameters."""
     assert layer.bias is not None

@@ -9,12 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perennial.agents.aside import Step
+from perennial.agents.aside import Step, in_turn
 from perennial.agents.config import SACConfig
 from perennial.plasticity import kernels
 from perennial.plasticity.adam import BatchedAdam
 from perennial.plasticity.base import Intervention
+from perennial.plasticity.categorical import Loss
 from perennial.plasticity.fresh import forget
+
+
+def temperature_loss(log: Tensor, log_prob: Tensor, target: float) -> Loss:
+    """-log * (mean log density + target) [S], and its gradient by `log` [S, 1]; log_prob [S, B]."""
+    surplus = log_prob.mean(-1, keepdim=True) + target
+    return Loss(-(log * surplus)[:, 0], -surplus)
 
 
 class Temperature:
@@ -34,26 +41,21 @@ class Temperature:
     def learn_later(self, log_prob: Tensor, ent_coef: Tensor, loss: Tensor) -> Step:
         """One step towards the target entropy from log densities [S, B]; the temperature before it
         and the loss go into the last two, [S] each."""
-        grad = self.log.grad
+        log, grad = self.log.detach(), self.log.grad
         assert grad is not None
-        given = log_prob, self.log.detach(), ent_coef, loss, grad
-        loops = kernels.ready(*given)
-        measure = partial(_surplus, self.target, *map(kernels.array, given)) if loops else None
+        given = log_prob, log, ent_coef, loss, grad
+        measure: Step
+        if kernels.ready(*given):
+            measure = partial(_surplus, self.target, *map(kernels.array, given))
+        else:
 
-        def run() -> None:
-            if measure is not None:
-                measure()
-            else:
-                surplus = log_prob.mean(-1, keepdim=True) + self.target
-                ent_coef.copy_(self.log[:, 0].exp())
-                loss.copy_(-(self.log * surplus)[:, 0])
-                grad.copy_(-surplus)
-            if self.learned:
-                self.optimizer.move()
-            else:
-                loss.zero_()
+            def measure() -> None:
+                ent_coef.copy_(log[:, 0].exp())
+                found = temperature_loss(log, log_prob, self.target)
+                loss.copy_(found.value)
+                grad.copy_(found.gradient)
 
-        return run
+        return in_turn([measure, self.optimizer.move if self.learned else loss.zero_])
 
     @torch.no_grad()
     def restart(self, copies: Tensor) -> None:
@@ -93,7 +95,7 @@ class RestartsWithActor(Intervention):
 
 @kernels.compiled
 def _surplus(target, log_prob, log, ent_coef, loss, grad):  # type: ignore[no-untyped-def]
-    """What `Temperature.learn_later` computes."""
+    """`temperature_loss` and the temperature, into the last three."""
     for c in range(log_prob.shape[0]):
         total = 0.0
         for r in range(log_prob.shape[1]):

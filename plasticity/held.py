@@ -48,7 +48,6 @@ class Held:
             return
         grads, pulls = [grad for grad, _ in pairs], [pull for _, pull in pairs]
         spans = self._flat.spans(grads, pulls) if self._flat is not None else None
-        if spans is None:
-            torch._foreach_add_(grads, pulls)
-        for grad, pull in spans or ():
-            grad.add_(pull)
+        if spans is not None:
+            grads, pulls = ([run[k] for run in spans] for k in (0, 1))
+        torch._foreach_add_(grads, pulls)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from perennial.agents.acting import Acting
 from perennial.agents.aside import Aside
 from perennial.agents.blas import product
 from perennial.agents.compiled_mlp import CompiledMLP
@@ -64,6 +65,19 @@ def test_written_out_passes_equal_autograd(copies, activation, methods):
         assert torch.allclose(p.grad, ours[name], atol=1e-12) or not p.grad.any(), name
     assert [layer for layer, _ in seen[:3]] == [m for m in net if isinstance(m, BatchedLinear)]
     assert torch.equal(seen[0][1], x) and seen[2][1].shape == (copies, 7, 12)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize(
+    ("activation", "methods"), [("relu", ()), ("tanh", ()), *(("relu", norm) for norm in NORMS)]
+)
+def test_acting_equals_the_network(copies, activation, methods):
+    torch.manual_seed(0)
+    net = network(range(copies), activation, methods)
+    x = torch.randn(copies, 2, 5).double()
+    with torch.no_grad():
+        expected = net(x).numpy()
+    np.testing.assert_allclose(Acting(net).forward(x.numpy()), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("methods", [(), "layer-norm"])

@@ -13,10 +13,12 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from perennial.agents.checkpoint import checkpoints, read_checkpoint
 from perennial.agents.config import build_config
+from perennial.agents.critics import Soft, TwinCritics, actor_loss, critic_loss
 from perennial.agents.loop import train_group
 from perennial.agents.replay import Sample
 from perennial.agents.sac import LOSSES, SAC
 from perennial.agents.squashed import SquashedGaussian
+from perennial.agents.temperature import Temperature, temperature_loss
 from perennial.plasticity import kernels
 from tests.test_checkpoint import same
 from tests.test_exactness import scalars
@@ -180,6 +182,7 @@ def test_laid_out_steps_read_what_lies_there_when_they_are_called(loops, monkeyp
     slope = head.gradient_later(policy, twice, ent_coef, found)
     for _ in range(2):
         output.copy_(3 * torch.randn(2, 20, 6))
+        output[0, 0, 4], output[1, 3, 5] = 2.5, -21.0  # clipped deviations
         noise.copy_(torch.randn(2, 20, 3))
         twice.copy_(torch.randn(2, 2, 20, 3))
         sample()
@@ -190,6 +193,46 @@ def test_laid_out_steps_read_what_lies_there_when_they_are_called(loops, monkeyp
         assert (rows[..., 4:] == policy.actions).all() and not rows[..., :4].any()
         gradient = head.gradient(expected, twice.sum(1), ent_coef) / 20
         assert torch.allclose(found, gradient, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_losses_into_memory_are_the_pure_functions(loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(kernels, "ready", lambda *_: False)
+    config = build_config("sac", given={"env": "Pendulum-v1", "net_arch": (8,)})
+    torch.manual_seed(0)
+    rows = [torch.randn(3, 9).double() for _ in range(4)]
+    rewards, discounts, log_prob, next_log_prob = rows
+    outputs, future = (torch.randn(3, 2, 9, 1).double() for _ in range(2))
+    outputs[1, 0, 4] = outputs[1, 1, 4]  # equal twins share
+    critics = TwinCritics(config, (3, 1), (0, 1, 2), rewards.new_zeros(()), False)
+    temperature = Temperature(config, 3, -1.0, "cpu", torch.float64)
+    with torch.no_grad():
+        temperature.log.copy_(torch.randn(3, 1))
+        log = temperature.log.clone()
+        loss, ent_coef = rewards.new_zeros(3), rewards.new_zeros(3)
+        temperature.learn_later(log_prob, ent_coef, loss)()
+    found = temperature_loss(log, log_prob, -1.0)
+    assert torch.allclose(ent_coef, log[:, 0].exp(), rtol=1e-12)
+    assert torch.allclose(loss, found.value, rtol=1e-12)
+    assert torch.allclose(temperature.log.grad, found.gradient, rtol=1e-12)
+    assert not torch.equal(temperature.log, log)
+
+    gradient = torch.zeros_like(outputs)
+    soft = Soft(rewards, discounts, ent_coef, next_log_prob)
+    for step, expected in (
+        (critics.errors_later(outputs, future, soft, loss, gradient),
+         critic_loss(critics.codec, outputs, future, soft)),
+        (critics.lesser_later(outputs, ent_coef, log_prob, loss, gradient),
+         actor_loss(critics.codec, outputs, ent_coef, log_prob)),
+    ):  # fmt: skip
+        step()
+        assert torch.allclose(loss, expected.value, rtol=1e-12)
+        assert torch.allclose(gradient, expected.gradient, rtol=1e-12)
+    leaf = outputs.clone().requires_grad_()
+    critic_loss(critics.codec, leaf, future, soft).value.sum().backward()
+    expected = critic_loss(critics.codec, outputs, future, soft).gradient
+    assert torch.allclose(leaf.grad, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("value_loss", ["mse", "hl-gauss", "two-hot", "c51", "quantile"])
